@@ -1,0 +1,182 @@
+"""Settings + request -> AttentionChoice, by asking each implementation in turn for its reasons against.
+
+The choice is a pure function: nothing is remembered in the cfg or the model, so a model moved to another
+device, or called with a mask, is simply asked about again.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import lru_cache, partial
+
+from CMHA.choosing.names import AUTO, canonical_name, not_built
+from CMHA.implementations import IMPLEMENTATIONS
+from CMHA.request import AttentionRequest, Reason
+
+logger = logging.getLogger("CMHA")
+
+# What `auto` tries, in order. flash_tiled is for reading: it is used when named.
+AUTO_ORDER = ("sdpa", "eager")
+# What follows a name that cannot be used: whatever stands behind it here, or else the last two.
+FALLBACK_ORDER = ("flash_attention_3", "flash_attention_2", "sdpa", "eager")
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """What the user asked for: the attention keys of the cfg dict, under the same names.
+
+    Attributes:
+        use_flash: False means eager, always and on every device.
+        attn_implementation: what True means: a name, an alias, or "auto".
+        attn_strict: raise instead of falling back.
+        disable_mps_fix: allow sdpa on MPS.
+        flash_query_block_size, flash_kv_block_size: tiles of the tiled implementations; None: chosen.
+    Raises:
+        ValueError: an unknown implementation.
+    """
+
+    use_flash: bool = True
+    attn_implementation: str | None = AUTO
+    attn_strict: bool = False
+    disable_mps_fix: bool = False
+    flash_query_block_size: int | None = None
+    flash_kv_block_size: int | None = None
+
+    def __post_init__(self):
+        canonical_name(self.attn_implementation)
+
+    @classmethod
+    def from_cfg(cls, cfg: Mapping) -> "AttentionSettings":
+        """The settings in a cfg dict; what it leaves out keeps its default, other keys are not ours."""
+        return cls(**{key.name: cfg[key.name] for key in fields(cls) if key.name in cfg})
+
+    @property
+    def requested(self) -> str:
+        """The canonical name that these settings ask for."""
+        return canonical_name(self.attn_implementation) if self.use_flash else "eager"
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """Which implementation runs, and why not the ones before it.
+
+    Attributes:
+        requested, chosen: canonical names; requested may be "auto".
+        rejected: (name, its reasons) in the order in which they were asked.
+        attention: the function to call: (queries, keys, values, mask, *, scale, dropout) -> (context, weights).
+    """
+
+    requested: str
+    chosen: str
+    rejected: tuple[tuple[str, tuple[Reason, ...]], ...]
+    attention: Callable = field(compare=False, repr=False)
+
+    def explain(self) -> str:
+        """One sentence that says why."""
+        no = "; ".join(f"{name}: {' and '.join(r.message for r in reasons)}" for name, reasons in self.rejected)
+        if self.requested == AUTO:
+            return "auto: " + (f"the first that can serve ({no})" if no else "the first in its order, and usable here")
+        return no or "as asked"
+
+
+@lru_cache(maxsize=4096)
+def choose(settings: AttentionSettings, request: AttentionRequest) -> AttentionChoice:
+    """The implementation that serves `request` under `settings`.
+
+    Why: one place decides, by asking; a named implementation that cannot serve is replaced with one WARNING
+    that gives the reason and the remedy.
+
+    Raises:
+        ValueError: `attn_strict` and the named one cannot serve; the message holds every reason.
+    """
+    requested = settings.requested
+    rejected = []
+    for name in candidates(requested):
+        reasons = reasons_against(name, request)
+        if not reasons:
+            choice = AttentionChoice(requested, name, tuple(rejected), bind(name, settings))
+            warn_of_fallback(choice)
+            return choice
+        rejected.append((name, tuple(reasons)))
+        if settings.attn_strict and requested != AUTO:
+            break
+    lines = [f"  {name}: {reason.message}; {reason.remedy}" for name, reasons in rejected for reason in reasons]
+    how = "with attn_strict=True nothing may take its place" if settings.attn_strict else "and nothing else can"
+    raise ValueError(f"{requested} cannot serve this request, {how}:\n" + "\n".join(lines))
+
+
+def candidates(requested: str) -> tuple[str, ...]:
+    """The names to ask, in order."""
+    if requested == AUTO:
+        return AUTO_ORDER
+    behind = FALLBACK_ORDER.index(requested) + 1 if requested in FALLBACK_ORDER else FALLBACK_ORDER.index("sdpa")
+    return requested, *FALLBACK_ORDER[behind:]
+
+
+def reasons_against(name: str, request: AttentionRequest) -> list[Reason]:
+    """Why the implementation `name` cannot serve `request`; empty when it can."""
+    return IMPLEMENTATIONS[name].check(request) if name in IMPLEMENTATIONS else not_built(name)
+
+
+def bind(name: str, settings: AttentionSettings) -> Callable:
+    """The implementation's function, with those of its own options that the settings give."""
+    module = IMPLEMENTATIONS[name]
+    given = {
+        "query_block_size": settings.flash_query_block_size,
+        "kv_block_size": settings.flash_kv_block_size,
+    }
+    options = {key: given[key] for key in getattr(module, "OPTIONS", ())}
+    return partial(module.attention, **options) if options else module.attention
+
+
+def announce(choice: AttentionChoice) -> None:
+    """Say which backend a model that was just built will use."""
+    visible_logger().info("Attention backend: %s (%s)", choice.chosen, choice.explain())
+
+
+_warned: set[AttentionChoice] = set()
+
+
+def warn_of_fallback(choice: AttentionChoice) -> None:
+    """One WARNING for each (requested, chosen, reasons) in a process; silence where nothing was replaced."""
+    if choice.requested in (AUTO, choice.chosen) or choice in _warned:
+        return
+    _warned.add(choice)
+    reasons = [reason for _, reasons in choice.rejected for reason in reasons]
+    visible_logger().warning(
+        "%s cannot be used: %s. Using %s instead. What to do: %s. To be rid of this message: "
+        '--attn_implementation %s, or cfg["attn_implementation"] = "%s".',
+        choice.requested,
+        "; ".join(dict.fromkeys(reason.message for reason in reasons)),
+        choice.chosen,
+        "; ".join(dict.fromkeys(reason.remedy for reason in reasons)),
+        choice.chosen,
+        choice.chosen,
+    )
+
+
+class CurrentStderr(logging.StreamHandler):
+    """Writes to whatever sys.stderr is at the moment: notebooks and tests replace it."""
+
+    def __init__(self):
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self):
+        return sys.stderr
+
+
+def visible_logger() -> logging.Logger:
+    """The logger "CMHA", heard even where nobody set logging up (Python hides INFO by default).
+
+    To silence it: `logging.getLogger("CMHA").setLevel("ERROR")`.
+    """
+    if not logger.handlers and not logging.getLogger().handlers:
+        handler = CurrentStderr()
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    return logger

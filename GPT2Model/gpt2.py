@@ -1,0 +1,146 @@
+"""Read 5 of 6. GPT-2: token ids in, one score for every word of the vocabulary out, at every position.
+
+embeddings -> n_layers blocks -> norm -> head. Every size is in the cfg dict (`GPT2Model/config.py` has the keys).
+Training and sampling live elsewhere and call `model(ids)`. Next: `orchestrator/orchestration.py`.
+"""
+
+from collections.abc import Mapping
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from CMHA.choosing import announce, attention_report
+from CMHA.kv_cache import KVCache
+from CMHA.masks import AttentionMask, check_padding_mask
+from GPT2Model.config import attention_cfg, complete
+from TransformerBlock.layers import LayerNorm
+from TransformerBlock.transformer_block import TransformerBlock
+
+
+class GPTModel(nn.Module):
+    """GPT-2, assembled from a cfg dict.
+
+    Args:
+        cfg: the cfg dict; missing keys get their defaults in a copy, `model.cfg`. The caller's dict is not changed.
+    Raises:
+        ValueError: everything that is wrong with the dict, at once.
+    Source: Radford et al., 2019; shapes and initialisation as in OpenAI's and Hugging Face's code.
+    """
+
+    def __init__(self, cfg: Mapping):
+        super().__init__()
+        self.cfg = cfg = complete(cfg)
+        self.token_embedding = nn.Embedding(cfg["vocab_size"], cfg["emb_dim"])
+        self.position_embedding = nn.Embedding(cfg["context_length"], cfg["emb_dim"])
+        self.dropout = nn.Dropout(cfg["drop_rate"])
+        self.blocks = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg["n_layers"]))
+        self.final_norm = LayerNorm(cfg["emb_dim"])
+        self.head = nn.Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)
+        self.initialise()
+        if cfg["tie_weights"]:
+            self.head.weight = self.token_embedding.weight  # one tensor, shared: not a copy
+        announce(self.blocks[0].attention.choice())
+
+    def forward(
+        self,
+        ids: Int[Tensor, "batch tokens"],
+        padding_mask: Bool[Tensor, "batch key_len"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "batch tokens vocab_size"]:
+        """Logits (B, T, vocab_size): the scores at position t are for the token that follows it.
+
+        Args:
+            ids: (B, T) token ids.
+            padding_mask: (B, T) bool, True = a real token; with a cache, (B, cached + T).
+            cache: keys and values of the tokens before `ids`; the new ones are added to it.
+        Raises:
+            ValueError: too many tokens, an id outside the vocabulary, a mask that does not fit.
+        """
+        past = cache.length if cache is not None else 0
+        self.check_input(ids, padding_mask, past)
+        x = self.token_embedding(ids) + self.position_embedding(positions(ids, padding_mask, past))
+        x = self.dropout(x)
+        mask = AttentionMask(ids.shape[1], past + ids.shape[1], padding_mask=padding_mask, device=ids.device)
+        for i, block in enumerate(self.blocks):
+            x = block(x, mask=mask, cache=cache.layers[i] if cache is not None else None)
+        return self.head(self.final_norm(x))
+
+    def check_input(self, ids: Tensor, padding_mask: Tensor | None, past: int) -> None:
+        tokens, limit = past + ids.shape[1], self.cfg["context_length"]
+        if tokens > limit:
+            raise ValueError(f"{tokens} tokens are more than context_length={limit}: pass the last {limit} at most.")
+        if ids.device.type == "cpu" and ids.numel() and not 0 <= ids.min() <= ids.max() < self.cfg["vocab_size"]:
+            raise ValueError(  # on a GPU the look would wait for all work so far, and torch itself asserts there
+                f"token ids must be in 0..{self.cfg['vocab_size'] - 1} (vocab_size={self.cfg['vocab_size']}), got "
+                f"{int(ids.min())}..{int(ids.max())}: was the text encoded with another tokenizer?"
+            )
+        if padding_mask is not None:
+            check_padding_mask(padding_mask, tokens, ids.shape[0])
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """GPT-2's start: weights N(0, 0.02), biases 0, what is added to the stream divided by sqrt(2 * n_layers).
+
+        The division keeps the stream's variance at the last block independent of the depth: 2 * n_layers terms are
+        added to it. It is the "modified initialization" of Radford et al., 2019, section 2.3.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                to_stream = name.endswith(("out_proj", "down_proj"))
+                module.weight.normal_(0.0, 0.02 / (2 * self.cfg["n_layers"]) ** 0.5 if to_stream else 0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+
+    def set_attention(self, name_or_cfg: str | Mapping) -> None:
+        """Compute attention another way from now on, in every block: `"eager"`, or a cfg whose toggle was flipped.
+
+        Changing a cfg dict alone does nothing to a model that is built. Says which backend it is now.
+        """
+        settings = attention_cfg(name_or_cfg) if isinstance(name_or_cfg, Mapping) else name_or_cfg
+        for block in self.blocks:
+            block.attention.set_attention(settings)
+        announce(self.blocks[0].attention.choice())
+
+    @contextmanager
+    def using_attention(self, name_or_cfg: str | Mapping):
+        """`with model.using_attention("eager"): ...` and back to what it was, also after an error."""
+        before = [block.attention.settings for block in self.blocks]
+        settings = attention_cfg(name_or_cfg) if isinstance(name_or_cfg, Mapping) else name_or_cfg
+        try:
+            for block in self.blocks:
+                block.attention.set_attention(settings)
+            yield self
+        finally:
+            for block, kept in zip(self.blocks, before, strict=True):
+                block.attention.set_attention(kept)
+
+    def attention_report(self) -> dict:
+        """What computes attention in this model as it stands, and why: JSON-ready."""
+        attention = self.blocks[0].attention
+        return attention_report(attention.settings, attention.typical_request())
+
+    def num_parameters(self) -> int:
+        """How many numbers are trained; a tied head is counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @classmethod
+    def from_pretrained(cls, source, cfg: Mapping | None = None) -> "GPTModel":
+        """Weights from Hugging Face, this project or LLMs-from-scratch: see `GPT2Model/pretrained.py`."""
+        from GPT2Model.pretrained import load  # it builds a GPTModel, so it imports this file
+
+        return load(source, cfg)
+
+    def save_pretrained(self, folder) -> None:
+        """Write a folder that this project and transformers open: see `GPT2Model/pretrained.py`."""
+        from GPT2Model.pretrained import save
+
+        save(self, folder)
+
+
+def positions(ids: Tensor, padding_mask: Tensor | None, past: int) -> Int[Tensor, "batch_or_1 tokens"]:
+    """Each token's position: counted over real tokens, so that padding on the left shifts nothing."""
+    if padding_mask is None:
+        return torch.arange(past, past + ids.shape[1], device=ids.device)[None]
+    return (padding_mask.cumsum(dim=-1) - 1).clamp(min=0)[:, past:]

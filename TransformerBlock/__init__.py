@@ -1,0 +1,1 @@
+"""Floor 2: one transformer block. Start with `TransformerBlock/transformer_block.py`."""
