@@ -1,0 +1,113 @@
+"""The command line: `python orchestrator/orchestration.py`, `python -m orchestrator`, and `--help`."""
+
+import argparse
+import sys
+from datetime import datetime
+from pathlib import Path
+
+from GPT2Model.config import PRESET_ALIASES, PRESETS, from_preset, markdown_table
+from orchestrator.evaluation.machine import check_device
+from orchestrator.orchestration import cfg, run_smoke_tests
+from orchestrator.report import Run
+from orchestrator.text.corpora import NAMES
+from orchestrator.training.first_model import train_first_model
+
+EXIT_CODES = "Exit codes: 0 every step passed, 1 a step failed, 2 the command or its input was wrong, 130 interrupted."
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The arguments of the main job; the cfg keys in its help come from the one table in GPT2Model/config.py."""
+    rows = [line.strip("| ").split(" | ") for line in markdown_table().splitlines()[2:]]
+    keys = "\n".join(f"  {key.strip('`'):24} {default.strip('`*'):10} {meaning}" for key, default, meaning in rows)
+    parser = argparse.ArgumentParser(
+        prog="python -m orchestrator",
+        description="Assemble GPT-2 from one dict, run it, prove that every way of computing attention gives the same\n"
+        "numbers, and (with --train) let a small model learn to write. Each step prints PASS or FAIL.",
+        epilog=f"{EXIT_CODES}\n\nThe cfg dict (orchestrator/orchestration.py holds the one that is assembled):\n{keys}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--train", action="store_true", help="after the smoke tests, train a small model and judge it")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--dataset", default=None, metavar="NAME", help=f"what --train learns: {', '.join(NAMES)} (default: tales)"
+    )
+    source.add_argument(
+        "--text",
+        default=None,
+        metavar="FILE",
+        help="a text file, or a folder of them: read in the smoke tests, and learned",
+    )
+    presets = ", ".join([*PRESETS, *PRESET_ALIASES])
+    parser.add_argument(
+        "--preset", default=None, help=f"the model: {presets} (default: gpt2 is assembled, nano is trained)"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto: the best here (default)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and sampling (default: 0)")
+    parser.add_argument(
+        "--attn_implementation", default="auto", metavar="NAME", help="auto, eager, sdpa, flash_tiled, or an alias"
+    )
+    parser.add_argument("--max_steps", type=int, default=None, help="training steps, instead of the recipe's")
+    parser.add_argument(
+        "--out", default=None, metavar="DIR", help="folder for report.json, figures and model (default: runs/DATE_TIME)"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the main job; the exit code (see EXIT_CODES) is returned."""
+    for stream in (sys.stdout, sys.stderr):  # a console that is not UTF-8 must not end a run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    args = make_parser().parse_args(argv)
+    try:
+        return run_main_job(args)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        if not _is_ours(error):
+            raise  # a bug: its traceback is worth more than a short line
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run_main_job(args: argparse.Namespace) -> int:
+    if args.max_steps is not None and args.max_steps < 1:
+        raise ValueError(f"--max_steps must be 1 or more, got {args.max_steps}.")
+    device = check_device(args.device)
+    assembled = {**cfg, "attn_implementation": args.attn_implementation}
+    if args.preset is not None:
+        assembled = from_preset(args.preset, attn_implementation=args.attn_implementation)
+    run = Run(args.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H%M%S"))
+    text = args.text or (args.dataset if args.dataset not in (None, "tales") else "python-docs")
+    corpus = args.text or args.dataset or "tales"
+    try:
+        run_smoke_tests(assembled, text=text, device=device, seed=args.seed, run=run)
+        if args.train:
+            preset = args.preset or "nano"
+            run.heading(f"A {preset} model learns {corpus}")
+            train_first_model(
+                run,
+                corpus_name=corpus,
+                preset=preset,
+                device=device,
+                seed=args.seed,
+                attention=args.attn_implementation,
+                max_steps=args.max_steps,
+            )
+    except BaseException as error:
+        run.close(error, arguments=vars(args), device=device)
+        raise
+    run.close(arguments=vars(args), device=device)
+    return 0 if run.passed else 1
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the error was raised by a line of this project, as every error for a user is."""
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    root = Path(__file__).resolve().parent.parent
+    raised_in = Path(trace.tb_frame.f_code.co_filename).resolve()
+    rooms = ("CMHA", "TransformerBlock", "GPT2Model", "orchestrator")
+    return any(raised_in.is_relative_to(root / room) for room in rooms)

@@ -1,0 +1,1 @@
+"""Training: the loop, the optimizer's groups, the learning-rate schedule."""

@@ -1,0 +1,1 @@
+"""Views: matplotlib figures of what was run."""

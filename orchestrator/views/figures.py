@@ -1,0 +1,84 @@
+"""Figures of what was run, drawn without pyplot, so that nothing global is touched and no window is opened."""
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+BLUE, ORANGE, GREEN, GREY = "#2b6cb0", "#dd6b20", "#2f855a", "#718096"
+
+
+def loss_curve(history, *, title: str, floor: float | None = None, baseline: tuple[str, float] | None = None) -> Figure:
+    """Training and validation loss by step, with the floor drawn where it is known.
+
+    Args:
+        history: a `training.loop.History`.
+        floor: the exact loss of a perfect model on the validation split, in nats per token.
+        baseline: a name and a loss to beat, drawn where there is no floor.
+    """
+    figure = Figure(figsize=(7, 4.2))
+    axes = figure.add_subplot()
+    axes.plot(*zip(*history.train, strict=True), color=BLUE, alpha=0.35, linewidth=1, label="training batch")
+    axes.plot(*zip(*history.validation, strict=True), "o-", color=BLUE, markersize=3.5, label="held-out text")
+    last_step, last = history.validation[-1]
+    if floor is not None:
+        axes.axhline(floor, color=GREEN, linewidth=1.5, label=f"floor, exact: {floor:.4f}")
+    if baseline is not None:
+        axes.axhline(baseline[1], color=GREY, linestyle="--", linewidth=1.2, label=f"{baseline[0]}: {baseline[1]:.3f}")
+    axes.annotate(
+        f"{last:.4f}",
+        (last_step, last),
+        textcoords="offset points",
+        xytext=(-4, 10),
+        ha="right",
+        fontsize=9,
+        color=BLUE,
+    )
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    return figure
+
+
+def implementations_chart(rows: Sequence[dict], *, title: str) -> Figure:
+    """Error as a part of the bound, and time against eager, for each implementation.
+
+    Args:
+        rows: from `evaluation.parity.toggle_table`.
+    """
+    figure = Figure(figsize=(9, 1.6 + 0.55 * len(rows)))
+    left, right = figure.subplots(1, 2, sharey=True)
+    names = [row["implementation"] for row in rows][::-1]
+    worst = [max(row["ratio"].values()) for row in rows][::-1]
+    times = [row["seconds_over_eager"] for row in rows][::-1]
+    left.barh(names, worst, color=[GREEN if value <= 1 else ORANGE for value in worst], height=0.55)
+    left.axvline(1.0, color=GREY, linestyle="--", linewidth=1.2)
+    left.set_xlim(0, max(1.15, *worst) * 1.05)
+    left.set(xlabel="largest error / bound (1 = the bound)", title="against float64")
+    right.barh(names, times, color=BLUE, height=0.55)
+    right.axvline(1.0, color=GREY, linestyle="--", linewidth=1.2)
+    right.set(xlabel="time, forward + backward (1 = eager)", title="speed")
+    for axes, values, form in ((left, worst, "{:.2f}"), (right, times, "{:.2f}x")):
+        for i, value in enumerate(values):
+            axes.annotate(form.format(value), (value, i), textcoords="offset points", xytext=(4, -3), fontsize=9)
+    figure.suptitle(title, y=1.04)
+    return figure
+
+
+def attention_map(weights: Tensor, words: Sequence[str], *, title: str) -> Figure:
+    """One head: which earlier word (column) each word (row) looks at.
+
+    Args:
+        weights: (T, T), rows sum to 1.
+        words: the T tokens as text.
+    """
+    size = max(5.0, 0.17 * len(words))
+    figure = Figure(figsize=(size, size))
+    axes = figure.add_subplot()
+    image = axes.imshow(weights.detach().float().cpu(), cmap="Blues", vmin=0, vmax=1)
+    for set_ticks, rotation in ((axes.set_xticks, 90), (axes.set_yticks, 0)):
+        set_ticks(range(len(words)), words, fontsize=7, rotation=rotation)
+    axes.set(xlabel="looked at (key)", ylabel="looking (query)", title=title)
+    figure.colorbar(image, ax=axes, shrink=0.6, label="attention weight")
+    return figure

@@ -1,0 +1,66 @@
+"""Parameters, FLOPs and memory by formula are what is counted."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from GPT2Model.config import PRESETS, from_preset
+from GPT2Model.generation import make_cache
+from GPT2Model.gpt2 import GPTModel
+from orchestrator.evaluation.estimates import count_parameters, forward_flops, memory_bytes
+
+ODD = {"vocab_size": 131, "context_length": 37, "emb_dim": 60, "n_heads": 6, "n_layers": 3}
+VARIANTS = [
+    {},
+    {"tie_weights": False},
+    {"qkv_bias": False},
+    {"ff_dim": 77},
+    {"n_kv_heads": 2},
+    {"n_kv_heads": 1, "qkv_bias": False, "ff_dim": 12},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_parameters_of_the_formula_are_those_of_the_model(variant):
+    cfg = {**ODD, **variant}
+    assert count_parameters(cfg) == GPTModel(cfg).num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("preset", "published"),
+    [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
+)
+def test_the_presets_have_openais_sizes(preset, published):
+    cfg = PRESETS[preset]
+    config = GPT2Config(n_embd=cfg["emb_dim"], n_head=cfg["n_heads"], n_layer=cfg["n_layers"])
+    with torch.device("meta"):
+        counted = sum(p.numel() for p in GPT2LMHeadModel(config).parameters())
+    assert count_parameters(from_preset(preset)) == counted == published
+
+
+def test_the_books_dict_gives_a_tied_model_without_qkv_bias():
+    book = {"vocab_size": 50257, "context_length": 1024, "emb_dim": 768, "n_heads": 12, "n_layers": 12,
+            "drop_rate": 0.1, "qkv_bias": False}  # fmt: skip
+    assert count_parameters(book) == 124_412_160
+    assert count_parameters({**book, "tie_weights": False}) == 163_009_536
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_flops_of_the_formula_are_those_torch_counts_under_eager(variant):
+    model = GPTModel({**ODD, **variant, "use_flash": False}).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randint(131, (2, 29)))
+    assert forward_flops(model.cfg, 2, 29) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("variant", [{}, {"n_kv_heads": 2}])
+def test_the_memory_of_the_formula_is_that_of_the_tensors(variant):
+    model = GPTModel({**ODD, **variant})
+    by_formula = memory_bytes(model.cfg, 2, 37)
+    assert by_formula["weights"] == by_formula["gradients"] == sum(p.nbytes for p in model.parameters())
+    assert by_formula["adam"] == 2 * by_formula["weights"]
+    assert by_formula["logits"] == model(torch.zeros(2, 37, dtype=torch.long)).nbytes
+    assert by_formula["kv_cache"] == make_cache(model, 2, 37).nbytes
+    _, weights = model.blocks[0].attention(torch.randn(2, 37, 60), return_weights=True)
+    assert by_formula["eager_table"] == weights.nbytes

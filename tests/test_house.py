@@ -1,0 +1,109 @@
+"""The house stands as it was planned: floors, the reading path, what is generated, what is declared."""
+
+import ast
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = {"CMHA": 1, "TransformerBlock": 2, "GPT2Model": 3, "orchestrator": 4, "tests": 5}
+# Inside CMHA the arrows run one way too.
+CMHA_STOREYS = {"masks": 0, "request": 0, "dropout": 0, "kv_cache": 0, "implementations": 1, "choosing": 2, "cmha": 3}
+READING_PATH = (
+    "CMHA/cmha.py",
+    "CMHA/implementations/eager.py",
+    "CMHA/implementations/sdpa.py",
+    "TransformerBlock/transformer_block.py",
+    "GPT2Model/gpt2.py",
+    "orchestrator/orchestration.py",
+)
+
+
+def sources() -> list[Path]:
+    return [path for room in list(FLOORS)[:4] for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+def imported_modules(path: Path) -> list[str]:
+    """Every module a file imports, at its top or inside a function."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import hides which floor it goes to"
+            found.append(node.module)
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def wrong_arrows(files: list[Path], root: Path) -> list[str]:
+    """Imports that go up: to a higher floor, or to a higher storey inside CMHA."""
+    wrong = []
+    for path in files:
+        parts = path.relative_to(root).with_suffix("").parts
+        for module in imported_modules(path):
+            target = module.split(".")
+            if FLOORS.get(target[0], 0) > FLOORS[parts[0]]:
+                wrong.append(f"{path.relative_to(root)} imports {module}")
+            if parts[0] == target[0] == "CMHA" and len(parts) > 1 and len(target) > 1 and parts[1] != "__init__":
+                if CMHA_STOREYS[target[1]] > CMHA_STOREYS[parts[1]]:
+                    wrong.append(f"{path.relative_to(root)} imports {module}")
+    return wrong
+
+
+def test_a_file_imports_only_from_floors_below_it():
+    files = sources()
+    assert len(files) > 30
+    assert wrong_arrows(files, ROOT) == []
+
+
+def test_an_arrow_that_runs_up_would_be_seen(tmp_path):
+    (tmp_path / "CMHA" / "implementations").mkdir(parents=True)
+    up = tmp_path / "CMHA" / "masks.py"
+    up.write_text("def late():\n    from GPT2Model.gpt2 import GPTModel\n")
+    inside = tmp_path / "CMHA" / "implementations" / "eager.py"
+    inside.write_text("from CMHA.choosing import choose\n")
+    assert len(wrong_arrows([up], tmp_path)) >= 1
+    assert len(wrong_arrows([inside], tmp_path)) >= 1
+
+
+def test_the_six_files_of_the_reading_path_are_under_600_lines():
+    lengths = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in READING_PATH}
+    assert sum(lengths.values()) < 600, lengths
+    assert lengths["CMHA/implementations/eager.py"] < 40
+    assert lengths["orchestrator/orchestration.py"] < 150
+
+
+@pytest.mark.parametrize("number", range(1, 7))
+def test_each_file_of_the_reading_path_says_where_it_stands_and_what_comes_next(number):
+    opening = ast.get_docstring(ast.parse((ROOT / READING_PATH[number - 1]).read_text(encoding="utf-8")))
+    assert opening.startswith(f"Read {number} of 6.")
+    if number < 6:
+        following = READING_PATH[number].removeprefix("CMHA/") if number < 3 else READING_PATH[number]
+        assert following in opening[opening.index("Next:") :]
+
+
+def test_the_readmes_table_of_cfg_keys_is_the_one_in_config():
+    from GPT2Model.config import markdown_table
+
+    assert markdown_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_package_on_disk_is_listed_for_installation():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    on_disk = {".".join(path.parent.relative_to(ROOT).parts) for path in sources() if path.name == "__init__.py"}
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in sources()}
+    assert set(listed) == on_disk == folders
+
+
+def test_what_the_packages_import_is_in_requirements_txt():
+    import sys
+
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    required = {line.split(">")[0].strip() for line in lines if line and not line.startswith("#")}
+    assert all("#" in line for line in lines if line), "each dependency has a reason beside it"
+    imported = {module.split(".")[0] for path in sources() for module in imported_modules(path)}
+    foreign = imported - set(sys.stdlib_module_names) - set(FLOORS)
+    from_tiktoken, optional = {"tiktoken_ext"}, {"huggingface_hub"}  # the second is imported where it is asked for
+    assert foreign - from_tiktoken - optional <= required
