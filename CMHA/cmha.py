@@ -56,7 +56,7 @@ class MultiHeadAttention(nn.Module):
         self.widths = [d_out, num_kv_heads * self.head_dim, num_kv_heads * self.head_dim]
         self.W_qkv = nn.Linear(d_in, sum(self.widths), bias=qkv_bias)
         self.out_proj = nn.Linear(d_out, d_out)
-        self.register_load_state_dict_pre_hook(_fuse_separate_projections)
+        self.register_load_state_dict_pre_hook(fuse_separate_projections)
 
     def forward(
         self,
@@ -115,13 +115,13 @@ class MultiHeadAttention(nn.Module):
         """Compute attention another way from now on; the weights stay as they are.
 
         Args:
-            name_or_cfg: an implementation ("eager", "sdpa", ...), a cfg dict whose attention keys are taken, or
-                settings kept from before.
+            name_or_cfg: an implementation ("eager", ...), a cfg dict, of which the attention keys that it has are taken,
+                or settings kept from before.
         """
         if isinstance(name_or_cfg, AttentionSettings):
             self.settings = name_or_cfg
         elif isinstance(name_or_cfg, Mapping):
-            self.settings = AttentionSettings.from_cfg(name_or_cfg)
+            self.settings = self.settings.merged(name_or_cfg)
         else:
             self.settings = replace(self.settings, use_flash=True, attn_implementation=name_or_cfg)
 
@@ -139,7 +139,7 @@ class MultiHeadAttention(nn.Module):
         )  # fmt: skip
 
 
-def _fuse_separate_projections(module, state_dict, prefix, *_) -> None:
+def fuse_separate_projections(module, state_dict, prefix, *_) -> None:
     """Accept W_query, W_key and W_value where W_qkv is expected, and drop a stored causal mask."""
     for kind in ("weight", "bias"):
         separate = [f"{prefix}{name}.{kind}" for name in ("W_query", "W_key", "W_value")]

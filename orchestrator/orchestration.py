@@ -90,8 +90,8 @@ def check_forward(run: Run, model: GPTModel, ids: torch.Tensor, targets: torch.T
         logits = model(ids)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
     run.step("token ids -> logits", logits.shape == (B, T, V), f"({B}, {T}) -> {tuple(logits.shape)}")
-    # Fresh logits are noise of standard deviation 0.02 * sqrt(emb_dim), which costs about half its square.
-    limit = 0.1 + 0.5 * 0.02**2 * model.cfg["emb_dim"]
+    # Fresh logits are noise of standard deviation init_std * sqrt(emb_dim), which costs about half its square.
+    limit = 0.1 + 0.5 * model.cfg["init_std"] ** 2 * model.cfg["emb_dim"]
     figure = f"loss {loss:.3f}, ln {V} = {math.log(V):.3f} (limit: {limit:.2f} away)"
     run.step("an untrained model knows nothing", abs(loss - math.log(V)) < limit, figure, loss=loss)
     memory = {name: f"{size / 2**20:,.0f} MiB" for name, size in memory_bytes(model.cfg, B, T).items()}

@@ -7,7 +7,7 @@ device, or called with a mask, is simply asked about again.
 import logging
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 
 from CMHA.choosing.names import AUTO, canonical_name, not_built
@@ -49,7 +49,11 @@ class AttentionSettings:
     @classmethod
     def from_cfg(cls, cfg: Mapping) -> "AttentionSettings":
         """The settings in a cfg dict; what it leaves out keeps its default, other keys are not ours."""
-        return cls(**{key.name: cfg[key.name] for key in fields(cls) if key.name in cfg})
+        return cls().merged(cfg)
+
+    def merged(self, cfg: Mapping) -> "AttentionSettings":
+        """These settings with those that `cfg` gives; what it leaves out stays as it is."""
+        return replace(self, **{key.name: cfg[key.name] for key in fields(self) if key.name in cfg})
 
     @property
     def requested(self) -> str:

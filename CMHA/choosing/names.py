@@ -24,7 +24,7 @@ def known_names() -> dict[str, tuple[str, ...]]:
     return {AUTO: (), **built, **{name: aliases for name, aliases in NOT_BUILT.items() if name not in built}}
 
 
-def canonical_name(name: str | None) -> str:
+def canonical_name(name: object) -> str:
     """The canonical name behind `name`; None means auto.
 
     Raises:

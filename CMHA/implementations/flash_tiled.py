@@ -112,8 +112,9 @@ class TiledAttention(torch.autograd.Function):
 
         for rows in spans(queries.shape[-2], blocks[0]):
             q, grad_o = queries[..., rows, :].to(precision), grad_context[..., rows, :].to(precision)
-            # delta: what softmax's gradient subtracts from each row, sum_j weight_j * grad_weight_j = O . grad O
-            delta = (grad_o * context[..., rows, :].to(precision)).sum(dim=-1, keepdim=True)
+            # delta: what softmax's gradient subtracts from each row, sum_j weight_j * grad_weight_j = O . grad O.
+            # A matrix product, as grad_o @ v.mT is below: rounded alike, the two cancel where there is one key.
+            delta = (grad_o.unsqueeze(-2) @ context[..., rows, :].to(precision).unsqueeze(-1)).squeeze(-1)
 
             for columns in spans(mask.visible_keys(rows.stop), blocks[1]):
                 k, v = keys[..., columns, :].to(precision), values[..., columns, :].to(precision)

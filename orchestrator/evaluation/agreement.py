@@ -6,7 +6,6 @@
 import time
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 

@@ -1,0 +1,273 @@
+"""generate() writes what the model's distribution says: greedily, by chance, with a cache and without."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from GPT2Model.generation import filtered_probabilities, generate, sample
+
+
+@pytest.fixture(scope="module")
+def model(build):
+    return build(seed=1)  # context_length 24
+
+
+def by_argmax(model, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    """Greedy decoding with nothing in it: read the last 24 tokens, take the likeliest, append."""
+    for _ in range(new_tokens):
+        ids = torch.cat([ids, model(ids[:, -24:])[:, -1].argmax(-1, keepdim=True)], 1)
+    return ids
+
+
+# --- greedy ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize(("prompt", "new"), [(1, 5), (9, 15), (9, 40), (24, 3), (30, 5), (5, 0)])
+def test_greedy_is_a_plain_argmax_loop_also_past_the_context(prompt, new, use_cache, model, random_ids):
+    ids = random_ids(3, prompt, seed=prompt)
+    found = generate(model, ids, new, use_cache=use_cache)
+    assert found.shape == (3, prompt + new)
+    assert torch.equal(found, by_argmax(model, ids, new))
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4), new=st.integers(1, 30), use_cache=st.booleans())
+def test_each_row_of_a_left_padded_batch_is_written_as_if_alone(lengths, new, use_cache, model, random_ids):
+    longest = max(lengths)
+    ids, mask = random_ids(len(lengths), longest, seed=new), torch.zeros(len(lengths), longest, dtype=torch.bool)
+    for row, length in zip(mask, lengths, strict=True):
+        row[-length:] = True
+    found = generate(model, ids, new, padding_mask=mask, use_cache=use_cache)
+    for row, real, text in zip(ids, mask, found, strict=True):
+        assert torch.equal(text[longest:], by_argmax(model, row[real][None], new)[0, -new:])
+
+
+def test_a_cached_step_reads_one_token_and_an_uncached_one_reads_all(model, random_ids):
+    for use_cache, expected in ((True, [9, 1, 1, 1]), (False, [9, 10, 11, 12])):
+        read = []
+        hook = model.token_embedding.register_forward_pre_hook(lambda _m, args, to=read: to.append(args[0].shape[1]))
+        generate(model, random_ids(2, 9), 4, use_cache=use_cache)
+        hook.remove()
+        assert read == expected
+
+
+# --- distributions -----------------------------------------------------------------------------------
+
+
+def by_hand(logits: list[float], temperature=1.0, top_k=None, top_p=None) -> list[float]:
+    """Temperature, top-k, top-p on one row, with sorted lists."""
+    weights = [math.exp((v - max(logits)) / temperature) for v in logits]
+    order = sorted(range(len(logits)), key=lambda i: -weights[i])
+    kept = order[:top_k]
+    total = sum(weights[i] for i in kept)
+    if top_p is not None:
+        mass, nucleus = 0.0, []
+        for i in kept:
+            if mass >= top_p:
+                break
+            nucleus.append(i)
+            mass += weights[i] / total
+        kept = nucleus
+    total = sum(weights[i] for i in kept)
+    return [weights[i] / total if i in kept else 0.0 for i in range(len(logits))]
+
+
+def test_the_nucleus_is_the_fewest_tokens_whose_mass_reaches_p():
+    probabilities = [0.1, 0.5, 0.05, 0.3, 0.05]
+    logits = torch.tensor([probabilities]).log()
+    for top_p, expected in (
+        (0.1, [1]), (0.49, [1]), (0.51, [1, 3]), (0.79, [1, 3]), (0.81, [0, 1, 3]), (0.89, [0, 1, 3]),
+        (0.92, [0, 1, 2, 3]), (0.96, [0, 1, 2, 3, 4]), (1.0, [0, 1, 2, 3, 4]),
+    ):  # fmt: skip
+        found = filtered_probabilities(logits, 1.0, top_p=top_p)[0]
+        assert found.nonzero().flatten().tolist() == expected, top_p
+        mass = sum(probabilities[i] for i in expected)
+        for i in expected:
+            assert found[i].item() == pytest.approx(probabilities[i] / mass, abs=1e-6)
+    exactly = filtered_probabilities(torch.tensor([[0.5, 0.25, 0.25]]).log(), 1.0, top_p=0.5)[0]
+    assert exactly.tolist() == [1.0, 0.0, 0.0]  # p reached exactly: no token more
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    logits=st.lists(st.integers(-50, 50), min_size=2, max_size=12, unique=True),
+    temperature=st.sampled_from([0.3, 0.7, 1.0, 1.9]),
+    top_k=st.none() | st.integers(1, 14),
+    top_p=st.none() | st.sampled_from([0.13, 0.31, 0.57, 0.83, 1.0]),
+)
+def test_the_filtered_distribution_is_the_one_computed_by_hand(logits, temperature, top_k, top_p):
+    values = [v / 8 for v in logits]
+    found = filtered_probabilities(torch.tensor([values]), temperature, top_k=top_k, top_p=top_p)[0]
+    expected = by_hand(values, temperature, top_k, top_p)
+    assert found.tolist() == pytest.approx(expected, abs=2e-6)
+
+
+def test_top_p_of_one_cuts_nothing_from_a_large_vocabulary():
+    logits = 3 * torch.randn(2, 50257, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(filtered_probabilities(logits, 1.0, top_p=1.0), filtered_probabilities(logits, 1.0))
+
+
+def test_top_k_keeps_exactly_k_also_among_equals():
+    found = filtered_probabilities(torch.zeros(1, 10), 1.0, top_k=3)[0]
+    assert sorted(found.tolist()) == pytest.approx([0.0] * 7 + [1 / 3] * 3)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-45, 5e-324])
+def test_a_tiny_temperature_is_greedy_and_never_overflows(temperature):
+    logits = torch.tensor([[1e4, -1e4, 3.0], [0.5, 0.25, 2.0]])
+    assert filtered_probabilities(logits, temperature).argmax(-1).tolist() == [0, 2]
+    assert sample(logits, temperature).tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("kind", [{}, {"top_k": 3}, {"top_p": 0.8}, {"top_k": 5, "top_p": 0.7}], ids=str)
+def test_tokens_are_drawn_as_often_as_the_distribution_says(kind):
+    """Each frequency lies within 4 standard errors; what was cut never comes."""
+    values, n = [1.0, 0.2, -0.5, 2.0, 0.0, -3.0], 40_000
+    expected = by_hand(values, 1.3, **kind)
+    generator = torch.Generator().manual_seed(0)
+    counts = sample(torch.tensor([values] * n), 1.3, generator=generator, **kind).bincount(minlength=6)
+    for count, p in zip(counts.tolist(), expected, strict=True):
+        assert abs(count - n * p) <= 4 * math.sqrt(n * p * (1 - p))
+
+
+def test_sampled_texts_follow_the_model_s_own_distribution(model, random_ids):
+    n, ids = 4000, random_ids(1, 7)
+    with torch.no_grad():
+        expected = (model(ids)[0, -1] / 0.7).softmax(-1)
+    counts = generate(model, ids.expand(n, -1), 1, 0.7, seed=0)[:, -1].bincount(minlength=61)
+    bound = 4.5 * (n * expected * (1 - expected)).sqrt() + 1
+    assert ((counts - n * expected).abs() <= bound).all()
+
+
+def test_a_seed_gives_the_same_text_again_with_and_without_a_cache(model, random_ids):
+    ids = random_ids(2, 5)
+    first = generate(model, ids, 30, 1.0, seed=7)
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    assert torch.equal(generate(model, ids, 30, 1.0, seed=7), first)
+    assert torch.equal(generate(model, ids, 30, 1.0, seed=7, use_cache=False), first)
+    assert torch.equal(torch.get_rng_state(), state)  # the seed is this call's alone
+    assert not torch.equal(generate(model, ids, 30, 1.0, seed=8), first)
+
+
+def test_without_a_seed_torch_s_own_state_decides(model, random_ids):
+    texts = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        texts.append(generate(model, random_ids(1, 5), 20, 1.0))
+    assert torch.equal(texts[0], texts[1])
+    assert not torch.equal(texts[0], texts[2])
+
+
+# --- stops -------------------------------------------------------------------------------------------
+
+
+def cut(row: list[int], prompt: int, stops: set[int], length: int, pad: int | None) -> list[int]:
+    """A row as it should look when it ends at its first stop."""
+    new = row[prompt:]
+    end = next((i + 1 for i, token in enumerate(new) if token in stops), len(new))
+    return (row[: prompt + end] + [new[end - 1] if pad is None else pad] * length)[:length]
+
+
+@pytest.mark.parametrize("pad", [None, 0], ids=["pad=stop", "pad=0"])
+def test_a_row_ends_at_its_stop_and_the_rest_is_padding(pad, model, random_ids):
+    ids = random_ids(4, 6, seed=2)
+    free = generate(model, ids, 25, 1.0, seed=5).tolist()
+    stops = {free[0][9], free[1][20]}
+    for given_stops in (stops, [*stops], free[0][9]):
+        wanted = {given_stops} if isinstance(given_stops, int) else set(given_stops)
+        ends = [next((i + 1 for i in range(6, 31) if row[i] in wanted), 31) for row in free]
+        found = generate(model, ids, 25, 1.0, seed=5, stop_tokens=given_stops, pad_token=pad).tolist()
+        assert found == [cut(row, 6, wanted, max(ends), pad) for row in free]
+        assert len(found[0]) == max(ends)
+
+
+def test_generation_ends_early_when_every_row_has_stopped(model, random_ids):
+    ids, shown = random_ids(1, 6, seed=2), []
+    free = generate(model, ids, 25, 1.0, seed=5)[0].tolist()
+    found = generate(model, ids, 25, 1.0, seed=5, stop_tokens=free[10], on_token=lambda new: shown.append(new.tolist()))
+    end = free.index(free[10], 6) + 1
+    assert found[0].tolist() == free[:end]
+    assert shown == [[token] for token in free[6:end]]
+
+
+def test_a_stop_in_the_prompt_ends_nothing(model, random_ids):
+    ids = random_ids(1, 6, seed=2)
+    free = by_argmax(model, ids, 3)
+    stop = next(token for token in ids[0].tolist() if token not in free[0, 6:].tolist())
+    assert torch.equal(generate(model, ids, 3, stop_tokens=stop), free)
+
+
+# --- manners -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_s_mode_is_put_back_also_after_an_error(training, build, random_ids):
+    model = build(drop_rate=0.5).train(training)
+    calls = []
+    expected = generate(build(drop_rate=0.0), random_ids(1, 4), 3)
+    assert torch.equal(generate(model, random_ids(1, 4), 3, on_token=lambda _: calls.append(model.training)), expected)
+    assert calls == [False] * 3
+    assert model.training is training
+
+    def fail(_):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        generate(model, random_ids(1, 4), 3, on_token=fail)
+    assert model.training is training
+    assert all(module.training is training for module in model.modules())
+
+
+def test_prompts_and_masks_are_left_as_they_were(model, random_ids):
+    ids, mask = random_ids(2, 5), torch.arange(5) >= torch.tensor([0, 2])[:, None]
+    kept = ids.clone(), mask.clone()
+    found = generate(model, ids, 4, padding_mask=mask)
+    assert torch.equal(ids, kept[0])
+    assert torch.equal(mask, kept[1])
+    assert torch.equal(found[:, :5], ids)
+    assert not found.requires_grad
+
+
+def test_all_problems_of_a_call_are_reported_at_once(model):
+    with pytest.raises(ValueError) as caught:
+        generate(
+            model, torch.zeros(1, 0, dtype=torch.long), -1, -0.5, top_k=0, top_p=1.5, stop_tokens=[99], pad_token=-7
+        )
+    message = str(caught.value)
+    assert len(message.splitlines()) == 8
+    for expected in ("one token at least", "max_new_tokens", "temperature", "top_k", "top_p", "got 99", "got -7"):
+        assert expected in message
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": math.nan}, {"temperature": math.inf}, {"top_p": 0.0}, {"top_p": math.nan}, {"top_k": -1},
+     {"stop_tokens": 61}, {"stop_tokens": [1, -1]}, {"pad_token": 61}],
+    ids=str,
+)  # fmt: skip
+def test_one_wrong_argument_is_refused_by_name(wrong, model, random_ids):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=name.split("_")[0] if "token" in name else name):
+        generate(model, random_ids(1, 4), 2, **wrong)
+
+
+def test_right_padding_and_masks_that_do_not_fit_are_refused(model, random_ids):
+    ids = random_ids(2, 5)
+    with pytest.raises(ValueError, match="pad prompts on the left"):
+        generate(model, ids, 2, padding_mask=torch.arange(5) < torch.tensor([5, 3])[:, None])
+    with pytest.raises((ValueError, TypeError), match="padding_mask"):
+        generate(model, ids, 2, padding_mask=torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises((ValueError, TypeError), match="padding_mask"):
+        generate(model, ids, 2, padding_mask=torch.ones(2, 5))
+    with pytest.raises(ValueError, match=r"(?s)top_k.*pad prompts on the left"):  # together with what else is wrong
+        generate(model, ids, 2, top_k=0, padding_mask=torch.arange(5) < torch.tensor([5, 3])[:, None])
+
+
+def test_ids_outside_the_vocabulary_are_refused(model):
+    with pytest.raises(ValueError, match="tokenizer"):
+        generate(model, torch.tensor([[61]]), 2)

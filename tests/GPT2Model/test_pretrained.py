@@ -1,0 +1,294 @@
+"""Weights in and out: a damaged or foreign checkpoint says what is wrong, and a save never breaks what was there."""
+
+import json
+import os
+import pickle
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from GPT2Model import pretrained
+from GPT2Model.config import from_preset
+from GPT2Model.gpt2 import GPTModel
+
+
+@pytest.fixture
+def folder(build, tmp_path):
+    build().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refused(source, cfg=None, kind=ValueError) -> str:
+    with pytest.raises(kind) as caught:
+        GPTModel.from_pretrained(source, cfg)
+    return str(caught.value)
+
+
+def same_weights(one: GPTModel, other: GPTModel) -> bool:
+    theirs = other.state_dict()
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in one.state_dict().items())
+
+
+# --- in ----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_takes_changed_attention_keys_and_keeps_the_rest(folder, build):
+    model = GPTModel.from_pretrained(folder, {"use_flash_attention": False, "drop_rate": 0.3})
+    assert model.cfg == {**build().cfg, "use_flash": False, "drop_rate": 0.3}
+    assert model.attention_report()["chosen"] == "eager"
+    assert same_weights(model, build())
+    assert "did you mean 'use_flash'" in refused(folder, {"use_flush": False})
+
+
+def test_a_folder_s_number_of_heads_cannot_be_overruled(folder, build):
+    """Every other size shows in the shapes of the weights; with other heads the model would run and be wrong."""
+    assert "says n_heads=5, and cfg 3" in refused(folder, {"n_heads": 3})
+    assert "position_embedding.weight has shape (24, 30)" in refused(folder, {"context_length": 12})
+    assert GPTModel.from_pretrained(folder, build().cfg).cfg == build().cfg
+
+
+@pytest.mark.parametrize("wrap", [None, "model_state_dict", "model", "state_dict"])
+def test_our_own_state_dict_loads_from_a_file_with_its_cfg(wrap, build, tmp_path):
+    model = build()
+    weights = model.state_dict()
+    torch.save(weights if wrap is None else {wrap: weights, "step": 3}, tmp_path / "model.pt")
+    assert same_weights(GPTModel.from_pretrained(tmp_path / "model.pt", model.cfg), model)
+
+
+def test_weights_without_a_cfg_are_refused(build, tmp_path):
+    torch.save(build().state_dict(), tmp_path / "model.pt")
+    assert "pass the cfg dict too" in refused(tmp_path / "model.pt")
+    assert "pass the cfg dict too" in refused(build().state_dict())
+
+
+@pytest.mark.parametrize("keep", [0, 3, 8, 100, 0.5, -1], ids=str)
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth", "model.pt"])
+def test_a_truncated_file_is_refused_with_its_name(name, keep, folder, build, tmp_path):
+    file = tmp_path / name
+    torch.save(build().state_dict(), tmp_path / "whole.pth")
+    whole = (folder / name if name.endswith("safetensors") else tmp_path / "whole.pth").read_bytes()
+    file.write_bytes(whole[: int(len(whole) * keep) if isinstance(keep, float) else keep])
+    message = refused(file, build().cfg)
+    assert str(file) in message
+    assert "cut short" in message
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth", "model.bin"])
+@pytest.mark.parametrize("content", [b"Once upon a time\n" * 40, b"", b"\x80\x02K\x01.", b"\x00" * 64], ids=range(4))
+def test_a_file_that_is_something_else_is_refused(name, content, build, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    assert str(tmp_path / name) in refused(tmp_path / name, build().cfg)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "pytorch_model.bin"])
+def test_a_pickle_with_code_in_it_does_not_run(name, build, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "it ran"),)
+
+    (tmp_path / name).write_bytes(pickle.dumps({"tok_emb.weight": Trap()}, protocol=2))
+    refused(tmp_path / name, build().cfg)
+    torch.save({"token_embedding.weight": Trap()}, tmp_path / name)
+    refused(tmp_path / name, build().cfg)
+    assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), [1, 2], {"a": 1}, {}, {"epoch": 3, "lr": 0.1}], ids=range(5))
+def test_a_file_without_weights_is_refused(content, build, tmp_path):
+    torch.save(content, tmp_path / "model.pt")
+    assert "no state dict" in refused(tmp_path / "model.pt", build().cfg)
+
+
+def test_the_weights_of_another_architecture_are_refused_with_their_first_names(build):
+    message = refused({"model.layers.0.self_attn.q_proj.weight": torch.zeros(2, 2)}, build().cfg)
+    assert "model.layers.0.self_attn.q_proj.weight" in message
+    assert "Hugging Face's GPT-2, LLMs-from-scratch, nanoGPT" in message
+
+
+def test_every_tensor_that_does_not_fit_is_named(build):
+    weights = build().state_dict()
+    del weights["blocks.1.norm_2.bias"]
+    weights["blocks.0.attention.out_proj.weight"] = torch.zeros(30, 31)
+    weights["blocks.7.norm_1.weight"] = torch.zeros(30)
+    message = refused(weights, build().cfg)
+    assert len(message.splitlines()) == 4
+    assert "blocks.1.norm_2.bias is missing" in message
+    assert "blocks.7.norm_1.weight is not part of this model" in message
+    assert "blocks.0.attention.out_proj.weight has shape (30, 31), and (30, 30) was expected" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"vocab_size": 62}, "token_embedding.weight"),
+        ({"context_length": 25}, "position_embedding.weight"),
+        ({"n_layers": 3}, "blocks.2.norm_1.weight is missing"),
+        ({"n_layers": 1}, "blocks.1.norm_1.weight is not part"),
+        ({"ff_dim": 100}, "blocks.1.feed_forward.up_proj.weight"),
+        ({"emb_dim": 60}, "and 24 more"),
+        ({"qkv_bias": False}, "blocks.0.attention.W_qkv.bias is not part"),
+        ({"tie_weights": False}, None),
+        ({"n_kv_heads": 1}, "n_kv_heads=1"),
+    ],
+    ids=str,
+)
+def test_a_cfg_that_does_not_fit_the_weights_is_refused_by_what_differs(changes, named, build):
+    model = build()
+    weights = model.state_dict()
+    if named is None:  # a head stored under both names may be untied
+        assert same_weights(GPTModel.from_pretrained(weights, {**model.cfg, **changes}), model)
+    elif changes == {"emb_dim": 60}:
+        assert "does not fit the cfg dict" in refused(weights, {**model.cfg, **changes})
+    else:
+        assert named in refused(weights, {**model.cfg, **changes})
+
+
+def test_a_missing_head_is_made_up_for_only_where_it_is_tied(build):
+    model = build()
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name != "head.weight"}
+    assert same_weights(GPTModel.from_pretrained(weights, model.cfg), model)
+    assert "has no head of its own" in refused(weights, {**model.cfg, "tie_weights": False})
+
+
+def test_a_folder_with_something_missing_or_broken_says_what(folder, tmp_path):
+    config = (folder / "config.json").read_text()
+    for text, expected in ((config[:-40], "not valid JSON"), ("[1, 2]", "JSON object"), ("", "not valid JSON")):
+        (folder / "config.json").write_text(text)
+        assert expected in refused(folder)
+    (folder / "config.json").unlink()
+    assert "has no config.json" in refused(folder, kind=FileNotFoundError)
+    (folder / "config.json").write_text(config)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    message = refused(folder, kind=FileNotFoundError)
+    assert "no model.safetensors" in message
+    assert "split over several files" in message
+    assert "no such folder or file" in refused(tmp_path / "nowhere" / "at all", kind=FileNotFoundError)
+    assert "no such folder or file" in refused(tmp_path / "model.pth", kind=FileNotFoundError)
+
+
+def test_a_name_on_the_hub_without_a_network_says_what_to_do(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def unreachable(name, **_):
+        asked.append(name)
+        raise ConnectionError("no network in this test")
+
+    monkeypatch.setattr(hub, "snapshot_download", unreachable)
+    started = time.monotonic()
+    for name in ("gpt2", "gpt2-xl", "somebody/their-gpt2"):
+        message = refused(name, kind=FileNotFoundError)
+        assert repr(name) in message
+        assert "local folder with config.json and model.safetensors" in message
+    assert asked == ["openai-community/gpt2", "openai-community/gpt2-xl", "somebody/their-gpt2"]
+    assert "without published weights" in refused("nano", kind=FileNotFoundError)
+    assert len(asked) == 3
+    assert time.monotonic() - started < 5
+
+
+def test_a_name_on_the_hub_opens_the_folder_that_was_fetched(monkeypatch, folder, build):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: str(folder))
+    assert same_weights(GPTModel.from_pretrained("gpt2"), build())
+
+
+# --- out ---------------------------------------------------------------------------------------------
+
+
+def test_a_saved_folder_holds_two_files_and_opens_as_the_same_model(folder, build):
+    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
+    again = GPTModel.from_pretrained(folder)
+    assert again.cfg == build().cfg
+    assert again.state_dict().keys() == build().state_dict().keys()
+    assert same_weights(again, build())
+
+
+def test_attention_set_on_a_live_model_is_not_written_into_its_cfg(build, tmp_path):
+    model = build()
+    model.set_attention("eager")
+    model.save_pretrained(tmp_path)
+    assert GPTModel.from_pretrained(tmp_path).cfg == model.cfg
+
+
+def test_saving_twice_replaces_the_model(folder, build):
+    other = build(seed=9)
+    other.save_pretrained(str(folder))
+    assert same_weights(GPTModel.from_pretrained(folder), other)
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_a_model_in_training_is_saved_as_it_is_and_goes_on(build, tmp_path):
+    model = build(drop_rate=0.1).train()
+    model.save_pretrained(tmp_path)
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert same_weights(GPTModel.from_pretrained(tmp_path), model)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_and_nothing_is_lost(build, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for folder in (tmp_path / "notes.txt", tmp_path / "notes.txt" / "model"):
+        with pytest.raises(OSError, match="cannot write the model to"):
+            build().save_pretrained(folder)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["disk full", "ctrl-c"])
+@pytest.mark.parametrize("fails", ["model.safetensors", "config.json"])
+def test_an_interrupted_save_leaves_the_old_model_whole_and_no_partial_files(fails, error, folder, build, monkeypatch):
+    def half_written(_weights, path, **_):
+        with open(path, "wb") as file:
+            file.write(b"half of the weights")
+        raise error
+
+    def half_a_text(self, text, **_):
+        self.write_bytes(text[: len(text) // 2].encode())
+        raise error
+
+    if fails == "model.safetensors":
+        monkeypatch.setattr(pretrained, "save_file", half_written)
+    else:
+        monkeypatch.setattr(type(folder), "write_text", half_a_text)
+    with pytest.raises(type(error)):
+        build(seed=9, n_heads=3).save_pretrained(folder)  # the same shapes: a mixture of the two would open
+    monkeypatch.undo()
+    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
+    again = GPTModel.from_pretrained(folder)
+    assert again.cfg == build().cfg
+    assert same_weights(again, build())
+
+
+def test_files_appear_under_their_names_only_when_they_are_whole(build, tmp_path, monkeypatch):
+    """A reader never meets a half-written file: the weights go to another name first."""
+    written = []
+    real = pretrained.save_file
+
+    def watch(weights, path, **options):
+        written.append(os.path.basename(path))
+        real(weights, path, **options)
+
+    monkeypatch.setattr(pretrained, "save_file", watch)
+    build().save_pretrained(tmp_path)
+    assert len(written) == 1
+    assert written[0] != "model.safetensors"
+
+
+def test_config_json_tells_transformers_the_whole_shape(build, tmp_path):
+    build(ff_dim=50, drop_rate=0.2).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    expected = {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 61, "n_positions": 24, "n_embd": 30,
+        "n_head": 5, "n_layer": 2, "n_inner": 50, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+        "embd_pdrop": 0.2, "attn_pdrop": 0.2, "resid_pdrop": 0.2, "tie_word_embeddings": True,
+    }  # fmt: skip
+    assert {field: config[field] for field in expected} == expected
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+
+
+def test_the_presets_of_openai_s_sizes_are_names_on_the_hub():
+    assert pretrained.hub_names() == ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
+    assert all(from_preset(name)["tie_weights"] for name in pretrained.hub_names())
