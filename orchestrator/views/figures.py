@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 BLUE, ORANGE, GREEN, GREY = "#2b6cb0", "#dd6b20", "#2f855a", "#718096"
@@ -81,4 +83,23 @@ def attention_map(weights: Tensor, words: Sequence[str], *, title: str) -> Figur
         set_ticks(range(len(words)), words, fontsize=7, rotation=rotation)
     axes.set(xlabel="looked at (key)", ylabel="looking (query)", title=title)
     figure.colorbar(image, ax=axes, shrink=0.6, label="attention weight")
+    return figure
+
+
+def causality_map(moved: Tensor, *, title: str) -> Figure:
+    """Which positions' logits moved when one token was changed: under a causal mask, a lower triangle.
+
+    Args:
+        moved: (T, T) largest changes; row: the position that is looked at; column: that of the changed token.
+    """
+    figure = Figure(figsize=(4.8, 3.9), layout="constrained")
+    axes = figure.add_subplot()
+    moved = moved.detach().float().cpu().numpy()
+    rows, columns = (moved == 0).nonzero()
+    image = axes.imshow(moved.clip(min=1e-12), cmap="Blues", norm=LogNorm(vmin=1e-3, vmax=10, clip=True))
+    axes.plot(columns, rows, "x", color=GREY, markersize=4)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="the token that was changed", ylabel="the position that is looked at", title=title)
+    figure.colorbar(image, ax=axes, label="largest change of a logit (x: exactly 0)")
     return figure
