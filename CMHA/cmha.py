@@ -115,8 +115,8 @@ class MultiHeadAttention(nn.Module):
         """Compute attention another way from now on; the weights stay as they are.
 
         Args:
-            name_or_cfg: an implementation ("eager", ...), a cfg dict, of which the attention keys that it has are taken,
-                or settings kept from before.
+            name_or_cfg: an implementation ("eager", ...); a cfg dict, of which the attention keys that it has are
+                taken; or settings kept from before.
         """
         if isinstance(name_or_cfg, AttentionSettings):
             self.settings = name_or_cfg

@@ -78,7 +78,7 @@ def attention_map(weights: Tensor, words: Sequence[str], *, title: str) -> Figur
     size = max(5.0, 0.17 * len(words))
     figure = Figure(figsize=(size, size))
     axes = figure.add_subplot()
-    image = axes.imshow(weights.detach().float().cpu(), cmap="Blues", vmin=0, vmax=1)
+    image = axes.imshow(weights.detach().float().cpu().numpy(), cmap="Blues", vmin=0, vmax=1)
     for set_ticks, rotation in ((axes.set_xticks, 90), (axes.set_yticks, 0)):
         set_ticks(range(len(words)), words, fontsize=7, rotation=rotation)
     axes.set(xlabel="looked at (key)", ylabel="looking (query)", title=title)
