@@ -88,8 +88,8 @@ class MultiHeadAttention(nn.Module):
             mask = self.make_mask(queries.shape[2], keys.shape[2], padding_mask, x)
 
         dropout = self.dropout if self.training else 0.0
-        wishes = {"dropout": dropout, "needs_weights": return_weights, "mps_guard": not self.settings.disable_mps_fix}
-        choice = choose(self.settings, AttentionRequest.describe(queries, keys, mask, **wishes))
+        request = AttentionRequest.describe(queries, keys, mask, dropout=dropout, needs_weights=return_weights)
+        choice = choose(self.settings, request)
         scale = self.head_dim**-0.5  # keeps the scores' variance near 1, whatever D
         context, weights = choice.attention(queries, keys, values, mask, scale=scale, dropout=dropout)
 
@@ -135,7 +135,7 @@ class MultiHeadAttention(nn.Module):
         return AttentionRequest(
             device=weight.device.type, dtype=weight.dtype, head_dim=self.head_dim, query_len=tokens, key_len=tokens,
             num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, dropout=self.dropout if self.training else 0.0,
-            needs_grad=self.training, mps_guard=not self.settings.disable_mps_fix,
+            needs_grad=self.training,
         )  # fmt: skip
 
 

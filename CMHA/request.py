@@ -44,7 +44,7 @@ class AttentionRequest:
         dropout: probability applied to the weights in this call (0.0 in eval).
         needs_grad: a backward pass will follow.
         needs_weights: the caller wants the attention weights back.
-        mps_guard: refuse what gave NaN on Apple's MPS; `disable_mps_fix` turns it off.
+        mps_guard: refuse what gave NaN on Apple's MPS; `choose` sets it from `disable_mps_fix`.
     """
 
     device: str = "cpu"
@@ -62,7 +62,7 @@ class AttentionRequest:
 
     @classmethod
     def describe(cls, queries: Tensor, keys: Tensor, mask, **wishes) -> "AttentionRequest":
-        """The request that these tensors make. `wishes`: dropout, needs_weights, mps_guard."""
+        """The request that these tensors make. `wishes`: dropout, needs_weights."""
         return cls(
             device=queries.device.type,
             dtype=queries.dtype,

@@ -100,7 +100,7 @@ def check_forward(run: Run, model: GPTModel, ids: torch.Tensor, targets: torch.T
 
 
 def check_attention(run: Run, model: GPTModel, ids: torch.Tensor) -> None:
-    rows = toggle_table(model.cfg, batch=ids.shape[0], tokens=ids.shape[1])
+    rows = toggle_table(model.cfg, batch=ids.shape[0], tokens=ids.shape[1], device=ids.device.type)
     for row in rows:
         error, part = max(row["error"].values()), max(row["ratio"].values())
         figure = f"error {error:.1e}, {part:.2f} of its bound; {row['seconds'] * 1e3:.0f} ms, "

@@ -46,9 +46,9 @@ def wrong_arrows(files: list[Path], root: Path) -> list[str]:
             target = module.split(".")
             if FLOORS.get(target[0], 0) > FLOORS[parts[0]]:
                 wrong.append(f"{path.relative_to(root)} imports {module}")
-            if parts[0] == target[0] == "CMHA" and len(parts) > 1 and len(target) > 1 and parts[1] != "__init__":
-                if CMHA_STOREYS[target[1]] > CMHA_STOREYS[parts[1]]:
-                    wrong.append(f"{path.relative_to(root)} imports {module}")
+            inside = parts[0] == target[0] == "CMHA" and len(target) > 1 and parts[1] != "__init__"
+            if inside and CMHA_STOREYS[target[1]] > CMHA_STOREYS[parts[1]]:
+                wrong.append(f"{path.relative_to(root)} imports {module}")
     return wrong
 
 
@@ -107,3 +107,16 @@ def test_what_the_packages_import_is_in_requirements_txt():
     foreign = imported - set(sys.stdlib_module_names) - set(FLOORS)
     from_tiktoken, optional = {"tiktoken_ext"}, {"huggingface_hub"}  # the second is imported where it is asked for
     assert foreign - from_tiktoken - optional <= required
+
+
+def test_every_test_that_the_list_of_mistakes_names_exists():
+    import re
+
+    text = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    named, current = [], None
+    for file, test in re.findall(r"`([\w/]*\.py)?::(test_\w+)`", text):
+        current = file or current
+        named.append((current, test))
+    assert len(named) > 25
+    missing = [(file, test) for file, test in named if f"def {test}(" not in (ROOT / "tests" / file).read_text()]
+    assert missing == []

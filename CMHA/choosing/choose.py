@@ -1,6 +1,6 @@
 """Settings + request -> AttentionChoice, by asking each implementation in turn for its reasons against.
 
-The choice is a pure function: nothing is remembered in the cfg or the model, so a model moved to another
+The choice depends on nothing else: nothing is remembered in the cfg or the model, so a model moved to another
 device, or called with a mask, is simply asked about again.
 """
 
@@ -95,6 +95,7 @@ def choose(settings: AttentionSettings, request: AttentionRequest) -> AttentionC
         ValueError: `attn_strict` and the named one cannot serve; the message holds every reason.
     """
     requested = settings.requested
+    request = replace(request, mps_guard=not settings.disable_mps_fix)
     rejected = []
     for name in candidates(requested):
         reasons = reasons_against(name, request)
@@ -144,14 +145,15 @@ _warned: set[AttentionChoice] = set()
 
 def warn_of_fallback(choice: AttentionChoice) -> None:
     """One WARNING for each (requested, chosen, reasons) in a process; silence where nothing was replaced."""
-    if choice.requested in (AUTO, choice.chosen) or choice in _warned:
+    reasons = [reason for _, reasons in choice.rejected for reason in reasons]
+    lost_on_mps = any(reason.code == "mps_nan" for reason in reasons)  # there auto is less than one would expect
+    if choice.requested == choice.chosen or (choice.requested == AUTO and not lost_on_mps) or choice in _warned:
         return
     _warned.add(choice)
-    reasons = [reason for _, reasons in choice.rejected for reason in reasons]
     visible_logger().warning(
-        "%s cannot be used: %s. Using %s instead. What to do: %s. To be rid of this message: "
+        "%s cannot be used here: %s. Using %s instead. What to do: %s. To be rid of this message: "
         '--attn_implementation %s, or cfg["attn_implementation"] = "%s".',
-        choice.requested,
+        choice.rejected[0][0] if choice.requested == AUTO else choice.requested,
         "; ".join(dict.fromkeys(reason.message for reason in reasons)),
         choice.chosen,
         "; ".join(dict.fromkeys(reason.remedy for reason in reasons)),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from jaxtyping import Int
 from torch import Tensor
 
+from orchestrator.evaluation.machine import wait_for
 from orchestrator.training.loop import next_token_loss
 
 # Of the logits, absolute; of each gradient, as a part of that gradient's largest value: a mean over hundreds of tokens
@@ -33,10 +34,12 @@ class Outcome:
 def forward_backward(model, ids: Int[Tensor, "batch tokens"], targets: Int[Tensor, "batch tokens"]) -> Outcome:
     """Logits, loss and a copy of every gradient; the model's own gradients are cleared."""
     model.zero_grad(set_to_none=True)
+    wait_for(ids.device)
     start = time.perf_counter()
     logits = model(ids)
     loss = next_token_loss(logits, targets)
     loss.backward()
+    wait_for(ids.device)
     seconds = time.perf_counter() - start
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     model.zero_grad(set_to_none=True)

@@ -24,6 +24,13 @@ def describe_machine(device: str = "cpu") -> list[str]:
     return lines
 
 
+def wait_for(device: torch.device | str) -> None:
+    """Until the device has done all it was given: a GPU's call returns before its work is done."""
+    kind = torch.device(device).type
+    if kind != "cpu":
+        getattr(torch, kind).synchronize()
+
+
 def check_device(name: str) -> str:
     """The torch device behind `name`; "auto" is the best one here.
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from CMHA.implementations import IMPLEMENTATIONS
 from CMHA.masks import AttentionMask
 from CMHA.request import AttentionRequest
+from orchestrator.evaluation.machine import wait_for
 
 FACTORS = {"context": 2, "dQ": 3, "dK": 3, "dV": 3}
 
@@ -200,9 +201,11 @@ def measure(name_or_function: str | Callable, case: Case) -> Measurement:
     exact, bound = expectation(case)
     inputs, grad_context, padding_mask = tensors(case)
     mask = mask_of(case, padding_mask)
+    wait_for(case.device)
     start = time.perf_counter()
     context, _ = attention(*inputs, mask, scale=case.scale, dropout=0.0)
     context.backward(grad_context)
+    wait_for(case.device)
     seconds = time.perf_counter() - start
     return Measurement(name, case, errors(results(context, inputs), exact), bound, seconds)
 
@@ -224,13 +227,16 @@ def compare_implementations(cases: Iterable[Case], names: Iterable[str] | None =
     return [measure(name, case) for case in cases for name in usable(case, names)]
 
 
-def toggle_table(model_cfg: Mapping, batch: int = 2, tokens: int = 256, repeats: int = 7) -> list[dict]:
+def toggle_table(
+    model_cfg: Mapping, batch: int = 2, tokens: int = 256, repeats: int = 7, device: str = "cpu"
+) -> list[dict]:
     """What the toggle changes on this machine: the time, and how little else.
 
     Args:
         model_cfg: `emb_dim`, `n_heads` and, if there, `n_kv_heads` are read.
         batch, tokens: size of the call; causal, fp32, forward and backward.
         repeats: rounds; in each every implementation runs once, so that a busy moment hits all.
+        device: torch's device type.
     Returns:
         For each usable implementation `Measurement.as_dict()` with the median `seconds` and `seconds_over_eager`.
     """
@@ -238,6 +244,7 @@ def toggle_table(model_cfg: Mapping, batch: int = 2, tokens: int = 256, repeats:
     case = Case(
         head_dim=model_cfg["emb_dim"] // heads, query_len=tokens, key_len=tokens, num_heads=heads,
         num_kv_heads=model_cfg.get("n_kv_heads") or heads, batch_size=batch, strided=True,
+        device=device,
     )  # fmt: skip
     names = usable(case)
     runs = {name: [] for name in names}

@@ -4,12 +4,10 @@ import importlib
 import logging
 
 import pytest
-import torch
 from hypothesis import settings
 
 choosing = importlib.import_module("CMHA.choosing.choose")  # `CMHA.choosing.choose` is the function of that name
 
-torch.set_num_threads(1)  # tests run beside each other, and kernels take scratch for each thread
 settings.register_profile("attention", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("attention")
 

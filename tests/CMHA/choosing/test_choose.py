@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from CMHA.choosing import AttentionSettings, announce, choose
+from CMHA.choosing import AttentionSettings, announce, attention_report, choose
 from CMHA.cmha import MultiHeadAttention
 from CMHA.implementations import IMPLEMENTATIONS, eager
 from CMHA.request import AttentionRequest, Reason
@@ -142,13 +142,24 @@ def test_on_mps_sdpa_gives_way_to_eager_until_the_guard_is_turned_off(name):
     assert guarded.chosen == "eager"
     assert [reason.code for reason in guarded.rejected[0][1]] == ["mps_nan"]
     assert "disable_mps_fix" in guarded.rejected[0][1][0].remedy
-    assert choose(settings, AttentionRequest(device="mps", mps_guard=False)).chosen == "sdpa"
+    turned_off = AttentionSettings(attn_implementation=name, disable_mps_fix=True)
+    assert choose(turned_off, AttentionRequest(device="mps")).chosen == "sdpa"
 
 
-def test_disable_mps_fix_in_the_layers_settings_is_what_turns_the_guard_off():
-    for disabled in (False, True):
-        layer = MultiHeadAttention(8, 8, 4, 0.0, 2, disable_mps_fix=disabled)
-        assert layer.typical_request().mps_guard is not disabled
+@pytest.mark.parametrize("name", ["auto", "sdpa"])
+def test_on_mps_a_warning_says_why_and_how_to_be_rid_of_it(name, messages):
+    for _ in range(2):
+        choose(AttentionSettings(attn_implementation=name), AttentionRequest(device="mps"))
+        choose.cache_clear()
+    (warning,) = [record.getMessage() for record in messages if record.levelname == "WARNING"]
+    assert warning.startswith("sdpa cannot be used here: it gave NaN on MPS")
+    assert "--attn_implementation eager" in warning
+
+
+def test_disable_mps_fix_in_the_settings_is_what_turns_the_guard_off_in_the_report_too():
+    for disabled, chosen in ((False, "eager"), (True, "sdpa")):
+        settings = AttentionSettings(disable_mps_fix=disabled)
+        assert attention_report(settings, AttentionRequest(device="mps"))["chosen"] == chosen
 
 
 # --- what is said ------------------------------------------------------------------------------------------
@@ -163,7 +174,7 @@ def test_the_backend_is_announced_on_stderr_where_nobody_set_logging_up(capsys, 
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("INFO: Attention backend: sdpa (auto: ")
     assert lines[1].startswith(
-        "WARNING: sdpa cannot be used: it never forms the attention weights. Using eager instead"
+        "WARNING: sdpa cannot be used here: it never forms the attention weights. Using eager instead"
     )
     assert len(lines) == 2
 

@@ -1,6 +1,7 @@
 """The training loop and its parts, each against a formula or a computation of its own."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -54,8 +55,8 @@ def test_the_learning_rate_rises_to_the_peak_and_falls_to_its_rest(warmup, lengt
     ]
     assert math.isclose(max(rates), peak)
     assert math.isclose(rates[-1], peak * ratio, rel_tol=1e-6, abs_tol=1e-12)
-    assert all(a < b for a, b in zip(rates[:warmup], rates[1:warmup], strict=False))
-    assert all(a >= b - 1e-15 for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False))
+    assert all(a < b for a, b in pairwise(rates[:warmup]))
+    assert all(a >= b - 1e-15 for a, b in pairwise(rates[warmup:]))
 
 
 def test_half_way_down_the_cosine_stands_half_way():

@@ -1,0 +1,130 @@
+"""Plant classic mistakes, one at a time, in a scratch copy of the project, and see a test fail for each.
+
+    python tests/mutations.py            all of them; exit code 1 if a mistake passes unnoticed
+    python tests/mutations.py scale      those whose name contains "scale"
+
+A test that cannot fail is a defect: this is how it is found. Not part of `make test`, since it takes a few minutes.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("CMHA", "TransformerBlock", "GPT2Model", "orchestrator", "tests", "pyproject.toml")
+ATTENTION = ("tests/CMHA/test_cmha.py", "tests/CMHA/implementations/test_parity.py")
+MODEL = ("tests/TransformerBlock", "tests/GPT2Model/test_gpt2.py", "tests/GPT2Model/test_against_hugging_face.py")
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One line of one file, made wrong, and the tests that should see it."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: tuple[str, ...] = ATTENTION
+
+
+MISTAKES = [
+    Mistake("scale forgotten", "CMHA/cmha.py", "scale = self.head_dim**-0.5", "scale = 1.0"),
+    Mistake(
+        "mask shifted: the next token is seen",
+        "CMHA/masks.py",
+        "torch.arange(query_start, query_end, device=self.device) + self.offset",
+        "torch.arange(query_start, query_end, device=self.device) + self.offset + 1",
+    ),
+    Mistake(
+        "mask shifted: the token itself is hidden",
+        "CMHA/masks.py",
+        "key_positions[None, :] <= query_positions[:, None]",
+        "key_positions[None, :] < query_positions[:, None]",
+    ),
+    Mistake(
+        "view without transpose",
+        "CMHA/cmha.py",
+        "x.view(*x.shape[:2], num_heads, self.head_dim).transpose(1, 2)",
+        "x.reshape(x.shape[0], num_heads, x.shape[1], self.head_dim)",
+    ),
+    Mistake("exact GELU", "TransformerBlock/layers.py", 'F.gelu(x, approximate="tanh")', "F.gelu(x)", MODEL),
+    Mistake(
+        "unbiased variance",
+        "TransformerBlock/layers.py",
+        "F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.EPS)",
+        "(x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + self.EPS).sqrt() * self.weight + self.bias",
+        MODEL,
+    ),
+    Mistake(
+        "head untied",
+        "GPT2Model/gpt2.py",
+        "self.head.weight = self.token_embedding.weight",
+        "self.head.weight = nn.Parameter(self.token_embedding.weight.detach().clone())",
+        MODEL,
+    ),
+    Mistake("dropout left on in eval", "CMHA/cmha.py", "self.dropout if self.training else 0.0\n", "self.dropout\n"),
+    Mistake(
+        "one head's values swapped",
+        "CMHA/cmha.py",
+        "        if cache is not None:\n            keys, values = cache",
+        "        values = values[:, [1, 0, *range(2, values.shape[1])]] if values.shape[1] > 1 else values\n"
+        "        if cache is not None:\n            keys, values = cache",
+    ),
+    Mistake(
+        "attention's residual dropped",
+        "TransformerBlock/transformer_block.py",
+        "x = x + self.dropout(self.attention(",
+        "x = self.dropout(self.attention(",
+        MODEL,
+    ),
+    Mistake(
+        "feed-forward's residual dropped",
+        "TransformerBlock/transformer_block.py",
+        "x = x + self.dropout(self.feed_forward(",
+        "x = self.dropout(self.feed_forward(",
+        MODEL,
+    ),
+]
+
+
+def plant(mistake: Mistake, place: Path) -> subprocess.CompletedProcess:
+    """Copy the project to `place`, make it wrong, and run the tests that should see it until the first fails."""
+    for room in ROOMS:
+        source = ROOT / room
+        if source.is_dir():
+            shutil.copytree(source, place / room, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, place / room)
+    file = place / mistake.file
+    text = file.read_text(encoding="utf-8")
+    if text.count(mistake.right) != 1:
+        raise SystemExit(
+            f"{mistake.name}: {mistake.right!r} stands {text.count(mistake.right)} times in {mistake.file}"
+        )
+    file.write_text(text.replace(mistake.right, mistake.wrong), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *mistake.tests]
+    return subprocess.run(command, cwd=place, capture_output=True, text=True)
+
+
+def main(words: list[str]) -> int:
+    unnoticed, lines = [], []
+    for mistake in tqdm([m for m in MISTAKES if all(word in m.name for word in words)], unit="mistake"):
+        with tempfile.TemporaryDirectory() as place:
+            done = plant(mistake, Path(place))
+        failed = re.findall(r"^FAILED (\S+)", done.stdout, flags=re.M)
+        if done.returncode != 1 or not failed:  # 2 and more: the tests did not even run
+            unnoticed.append(mistake.name)
+        lines.append(f"{mistake.name:42} {failed[0] if failed else f'NOT CAUGHT (exit code {done.returncode})'}")
+    print("\n".join(lines))
+    print(f"{len(lines) - len(unnoticed)} of {len(lines)} mistakes were caught")
+    return 1 if unnoticed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
