@@ -54,6 +54,6 @@ def torch_kernel(request: AttentionRequest) -> str:
         keys = torch.empty(kv_shape, dtype=request.dtype, device=request.device)
         grouped = request.num_heads != request.num_kv_heads
         number = torch._fused_sdp_choice(queries, keys, keys, None, request.dropout, causal, enable_gqa=grouped)
-    except (AttributeError, RuntimeError, AssertionError, ImportError):  # a private function, and a device that may not be here
+    except (AttributeError, RuntimeError, AssertionError, ImportError):  # a private function; a device not here
         return "unknown"
     return TORCH_KERNELS.get(int(number), str(number))

@@ -86,7 +86,9 @@ def judge_tales(run: Run, model: GPTModel, corpus: TalesCorpus, history, seed: i
     figure = f"{loss:.4f} nats/token, exact floor {corpus.floor:.4f}: {gap:.4f} above it (limit {GAP})"
     run.step("the model learned all there is", gap <= GAP, figure, loss=loss, floor=corpus.floor, gap=gap,
              validation=history.validation, seconds_of_training=history.seconds)  # fmt: skip
-    run.save_figure(loss_curve(history, title="tales: the loss runs to the floor", floor=corpus.floor), "loss.png")
+    run.save_figure(
+        loss_curve(history, title="tales: the loss runs to the floor", floor=corpus.floor, limit=GAP), "loss.png"
+    )
 
     written = write_stories(model, corpus, STORIES, seed)
     faults = [fault for story in written if (fault := tales.check(story)) is not None]
@@ -127,17 +129,30 @@ def write_stories(model: GPTModel, corpus: TalesCorpus, count: int, seed: int) -
 
 
 def copying_head(model: GPTModel, corpus: TalesCorpus):
-    """The head that looks furthest back on a held-out story: how the model returns to a name."""
-    ids = torch.tensor([[corpus.tokenizer.end_of_text, *corpus.tokenizer.encode(corpus.held_out[0])]])
-    ids = ids.to(next(model.parameters()).device)
-    maps = attention_weights(model, ids)  # (layers, heads, T, T)
-    T = maps.shape[-1]
-    distance = (torch.arange(T)[:, None] - torch.arange(T)[None]).clamp(min=0)
-    looked_back = (maps * distance).sum(-1)[..., T // 2 :].mean(-1) - 1e3 * (maps[..., 0].mean(-1) > 0.5)
-    layer, head = divmod(int(looked_back.argmax()), maps.shape[1])
-    words = [corpus.tokenizer.decode([i]) for i in ids[0].tolist()]
-    title = f"layer {layer}, head {head}: looking back to what was drawn before"
-    return attention_map(maps[layer, head], words, title=title)
+    """A map of the head that copies: before a word comes again, it looks at where that word stood before."""
+    ids = torch.tensor([corpus.tokenizer.end_of_text, *corpus.tokenizer.encode(corpus.held_out[0])])
+    maps = attention_weights(model, ids[None].to(next(model.parameters()).device))
+    scores = copying_scores(maps, ids)
+    layer, head = divmod(int(scores.argmax()), maps.shape[1])
+    words = [corpus.tokenizer.decode([i]) for i in ids.tolist()]
+    title = (
+        f"layer {layer}, head {head}: before a word comes again, {scores[layer, head]:.0%} of the weight\n"
+        "lies on where it stood before (circled)"
+    )
+    return attention_map(maps[layer, head], words, title=title, circled=returns(ids).nonzero().tolist())
+
+
+def returns(ids: torch.Tensor) -> torch.Tensor:
+    """(T, T) bool: at (t, j) the word to come after t already stood at j. Words said more than four times do not count."""
+    following = torch.cat([ids[1:], ids.new_tensor([-1])])
+    rare = torch.bincount(ids)[ids] <= 4
+    return ((following[:, None] == ids[None]) & rare[None]).tril()
+
+
+def copying_scores(maps: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """For each head, (layers, heads): the mean weight on earlier places of the word to come, where there are any."""
+    earlier = returns(ids)
+    return (maps * earlier).sum(-1)[..., earlier.any(-1)].mean(-1)
 
 
 @torch.no_grad()

@@ -72,6 +72,17 @@ def test_stories_are_cut_at_their_end_and_judged_one_by_one(monkeypatch):
     assert verdicts[2] is not None
 
 
+def test_the_copying_head_is_the_one_that_looks_at_where_the_next_word_stood():
+    ids = torch.tensor([0, 5, 6, 7, 5, 6, 8])  # 5 and 6 come again: from 3 one should look at 1, from 4 at 2
+    assert first_model.returns(ids).nonzero().tolist() == [[3, 1], [4, 2]]
+    maps = torch.zeros(1, 3, 7, 7)
+    maps[0, 0] = maps[0, 1] = torch.eye(7)  # looks at itself
+    maps[0, 1, 3], maps[0, 1, 4] = torch.eye(7)[1], torch.eye(7)[2] * 0.5 + torch.eye(7)[4] * 0.5
+    maps[0, 2] = torch.ones(7, 7).tril() / torch.arange(1, 8)[:, None]
+    expected = [0.0, (1 + 0.5) / 2, (1 / 4 + 1 / 5) / 2]
+    torch.testing.assert_close(first_model.copying_scores(maps, ids)[0], torch.tensor(expected))
+
+
 def test_the_attention_maps_are_those_of_the_running_model():
     torch.manual_seed(0)
     model = GPTModel(from_preset("nano", vocab_size=50)).eval()
