@@ -38,7 +38,8 @@ def loss_curve(history, *, title: str, floor: float | None = None, limit: float 
         gaps = [max(loss - floor, 1e-5) for loss in losses]  # a log axis has no place for zero
         right = figure.add_subplot(1, 2, 2)
         right.semilogy(steps, gaps, "o-", color=BLUE, markersize=3.5)
-        right.annotate(f"{losses[-1] - floor:.4f}", (steps[-1], gaps[-1]), **mark)
+        right.annotate(f"{losses[-1] - floor:.4f}", (steps[-1], gaps[-1]), **mark | {"xytext": (-4, -14)})
+        right.set_ylim(bottom=min(gaps) / 2)
         if limit is not None:
             right.axhline(limit, color=GREY, linestyle="--", linewidth=1.2, label=f"good enough: {limit}")
             right.legend(frameon=False)
