@@ -47,9 +47,10 @@ clean:  ## remove what make has made, except runs/
 	$(PYTHON) -m venv $(VENV)
 	@mkdir -p .stamps && touch $@
 
-.stamps/run: .stamps/venv requirements.txt constraints.txt
-	@echo "setting up $(VENV): about a minute the first time"
+.stamps/run: .stamps/venv requirements.txt constraints.txt pyproject.toml
+	@echo "setting up $(VENV): a minute or two the first time"
 	$(PIP) -r requirements.txt
+	$(PIP) --no-deps --editable .
 	@touch $@
 
 .stamps/dev: .stamps/run requirements-dev.txt

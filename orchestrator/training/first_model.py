@@ -143,7 +143,7 @@ def copying_head(model: GPTModel, corpus: TalesCorpus):
 
 
 def returns(ids: torch.Tensor) -> torch.Tensor:
-    """(T, T) bool: at (t, j) the word that follows t already stood at j. Words said more than four times do not count."""
+    """(T, T) bool: at (t, j) the word that follows t already stood at j. Words said over four times do not count."""
     following = torch.cat([ids[1:], ids.new_tensor([-1])])
     rare = torch.bincount(ids)[ids] <= 4
     return ((following[:, None] == ids[None]) & rare[None]).tril()
