@@ -3,7 +3,8 @@
     python tests/mutations.py            all of them; exit code 1 if a mistake passes unnoticed
     python tests/mutations.py scale      those whose name contains "scale"
 
-A test that cannot fail is a defect: this is how it is found. Not part of `make test`, since it takes a few minutes.
+A test that cannot fail is a defect: this is how it is found. Not part of `make test`, since it takes a
+minute and shows nothing new while the tests stay as they are.
 """
 
 import re
