@@ -14,7 +14,7 @@ from torch import Tensor, cat, nn
 
 from CMHA.choosing import AttentionChoice, AttentionSettings, choose
 from CMHA.kv_cache import LayerCache
-from CMHA.masks import AttentionMask, check_padding_mask
+from CMHA.masks import AttentionMask
 from CMHA.request import AttentionRequest
 
 
@@ -44,8 +44,8 @@ class MultiHeadAttention(nn.Module):
         use_flash: bool = True, *, num_kv_heads: int | None = None, **attention_settings,
     ):  # fmt: skip
         super().__init__()
-        num_kv_heads = num_kv_heads or num_heads
-        if d_out % num_heads or num_heads % num_kv_heads:
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if min(num_heads, num_kv_heads) < 1 or d_out % num_heads or num_heads % num_kv_heads:
             raise ValueError(
                 f"d_out={d_out} must be a multiple of num_heads={num_heads}, and that of num_kv_heads={num_kv_heads}."
             )
@@ -84,8 +84,15 @@ class MultiHeadAttention(nn.Module):
         values = self.split_heads(values, self.num_kv_heads)
         if cache is not None:
             keys, values = cache.append(keys, values)
+        lengths = (queries.shape[2], keys.shape[2])
+        if lengths[1] > self.context_length:
+            raise ValueError(f"{lengths[1]} tokens are more than context_length={self.context_length}: pass fewer.")
         if mask is None:
-            mask = self.make_mask(queries.shape[2], keys.shape[2], padding_mask, x)
+            mask = AttentionMask(*lengths, padding_mask=padding_mask, batch_size=len(x), device=x.device)
+        elif (mask.query_len, mask.key_len) != lengths:
+            raise ValueError(
+                f"the mask is for {(mask.query_len, mask.key_len)} queries and keys, the call has {lengths}."
+            )
 
         dropout = self.dropout if self.training else 0.0
         request = AttentionRequest.describe(queries, keys, mask, dropout=dropout, needs_weights=return_weights)
@@ -102,14 +109,6 @@ class MultiHeadAttention(nn.Module):
 
     def merge_heads(self, context: Tensor) -> Float[Tensor, "batch tokens d_out"]:
         return context.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H, D) -> (B, T, H*D)
-
-    def make_mask(self, query_len: int, key_len: int, padding_mask: Tensor | None, x: Tensor) -> AttentionMask:
-        """The mask for this layer used alone; in a model one mask is made for all layers."""
-        if key_len > self.context_length:
-            raise ValueError(f"{key_len} tokens are more than context_length={self.context_length}: shorten the input.")
-        if padding_mask is not None:
-            check_padding_mask(padding_mask, key_len, x.shape[0])
-        return AttentionMask(query_len, key_len, padding_mask=padding_mask, device=x.device)
 
     def set_attention(self, name_or_cfg: str | Mapping | AttentionSettings) -> None:
         """Compute attention another way from now on; the weights stay as they are.

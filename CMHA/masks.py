@@ -21,14 +21,24 @@ class AttentionMask:
         query_len, key_len: in tokens.
         causal: a query sees only keys at its own position or before.
         padding_mask: (B, key_len) bool, True = a real token. None: every token is real.
+        batch_size: B, to hold the padding mask against; None: not looked at.
         device: where the tables are made.
     Raises:
         TypeError, ValueError: a padding mask that is not a bool tensor of shape (B, key_len).
     """
 
-    def __init__(self, query_len: int, key_len: int, *, causal=True, padding_mask: Tensor | None = None, device=None):
+    def __init__(
+        self,
+        query_len: int,
+        key_len: int,
+        *,
+        causal: bool = True,
+        padding_mask: Tensor | None = None,
+        batch_size: int | None = None,
+        device=None,
+    ):
         if padding_mask is not None:
-            check_padding_mask(padding_mask, key_len)
+            check_padding_mask(padding_mask, key_len, batch_size)
         self.query_len, self.key_len, self.causal = query_len, key_len, causal
         self.offset = key_len - query_len
         self.padding_mask = padding_mask

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from CMHA.choosing import AttentionSettings, canonical_name
+from CMHA.choosing import AttentionSettings, canonical_name, did_you_mean
 
 REQUIRED = object()
 
@@ -100,9 +100,8 @@ def from_preset(name: str, **overrides) -> dict:
     """
     canonical = PRESET_ALIASES.get(name, name)
     if canonical not in PRESETS:
-        near = difflib.get_close_matches(str(name), [*PRESETS, *PRESET_ALIASES], n=1)
-        suggestion = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown preset {name!r}.{suggestion} Presets: {', '.join([*PRESETS, *PRESET_ALIASES])}.")
+        names = [*PRESETS, *PRESET_ALIASES]
+        raise ValueError(f"unknown preset {name!r}.{did_you_mean(name, names)} Presets: {', '.join(names)}.")
     return complete({**PRESETS[canonical], **overrides})
 
 

@@ -6,6 +6,7 @@ every token's position changes, the cache is worthless, and each step reads the 
 """
 
 from collections.abc import Callable, Collection
+from numbers import Integral, Real
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -51,7 +52,11 @@ def generate(
     Raises:
         ValueError: every argument that makes no sense, at once.
     """
-    stops = {stop_tokens} if isinstance(stop_tokens, int) else set(stop_tokens)
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"ids must be a tensor (B, T) of token ids, got {type(ids).__name__}: torch.tensor([ids]).")
+    if isinstance(stop_tokens, str):
+        raise TypeError(f"stop_tokens are token ids, got the text {stop_tokens!r}: tokenizer.end_of_text is one.")
+    stops = {int(token) for token in ([stop_tokens] if isinstance(stop_tokens, Integral) else stop_tokens)}
     check_arguments(model, ids, max_new_tokens, temperature, top_k, top_p, stops, pad_token, padding_mask)
     generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
     stop_ids = torch.tensor(sorted(stops), dtype=ids.dtype, device=ids.device)
@@ -144,8 +149,19 @@ def filtered_probabilities(
 def check_arguments(model, ids, max_new_tokens, temperature, top_k, top_p, stops, pad_token, padding_mask) -> None:
     """Raise one ValueError that lists everything wrong with a call of generate()."""
     problems, vocab_size = [], model.cfg["vocab_size"]
+    whole = {"max_new_tokens": max_new_tokens, "top_k": top_k}
+    numbers = {"temperature": temperature, "top_p": top_p} | whole
+    wrong = [name for name, value in numbers.items() if not isinstance(value, Real) and value is not None]
+    wrong += [name for name, value in whole.items() if isinstance(value, Real) and not isinstance(value, Integral)]
+    wrong += [name for name in ("temperature", "max_new_tokens") if numbers[name] is None]
+    if wrong:
+        named = ", ".join(f"{name}={numbers[name]!r}" for name in wrong)
+        raise TypeError(f"generate() takes numbers, whole ones for max_new_tokens and top_k: got {named}.")
     if ids.ndim != 2 or ids.shape[1] == 0:
-        problems.append(f"ids must be (B, T) with T >= 1: a prompt of one token at least, got {tuple(ids.shape)}.")
+        problems.append(
+            f"ids must be (B, T) with T >= 1: a prompt of one token at least (one text is ids[None]), got "
+            f"{tuple(ids.shape)}."
+        )
     if max_new_tokens < 0:
         problems.append(f"max_new_tokens must be 0 or more, got {max_new_tokens}.")
     if not 0 <= temperature < float("inf"):

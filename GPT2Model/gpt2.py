@@ -26,7 +26,7 @@ class GPTModel(nn.Module):
         cfg: the cfg dict; missing keys get their defaults in a copy, `model.cfg`. The caller's dict is not changed.
     Raises:
         ValueError: everything that is wrong with the dict, at once.
-    Source: Radford et al., 2019; shapes and initialisation as in OpenAI's and Hugging Face's code.
+    Source: Radford et al., 2019; shapes and initialisation as in Hugging Face's code.
     """
 
     def __init__(self, cfg: Mapping):
@@ -67,13 +67,14 @@ class GPTModel(nn.Module):
         return self.head(self.final_norm(x))
 
     def check_input(self, ids: Tensor, padding_mask: Tensor | None, past: int) -> None:
-        if ids.ndim != 2 or ids.is_floating_point():
-            raise ValueError(f"ids must be integers (B, T), got {ids.dtype} {tuple(ids.shape)}; one text is ids[None].")
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
+            got = f"{getattr(ids, 'dtype', type(ids).__name__)} {tuple(getattr(ids, 'shape', ()))}"
+            raise ValueError(f"ids must be an int64 tensor (B, T), got {got}: ids.long()? one text is ids[None].")
         tokens, limit = past + ids.shape[1], self.cfg["context_length"]
         if tokens > limit:
             raise ValueError(f"{tokens} tokens are more than context_length={limit}: pass the last {limit} at most.")
-        if ids.device.type == "cpu" and ids.numel() and not 0 <= ids.min() <= ids.max() < self.cfg["vocab_size"]:
-            raise ValueError(  # on a GPU the look would wait for all work so far, and torch itself asserts there
+        if ids.device.type != "cuda" and ids.numel() and not 0 <= ids.min() <= ids.max() < self.cfg["vocab_size"]:
+            raise ValueError(  # on CUDA the look would wait for all work so far, and torch itself asserts there
                 f"token ids must be in 0..{self.cfg['vocab_size'] - 1}, got {ids.min()}..{ids.max()}: wrong tokenizer?"
             )
         if padding_mask is not None:

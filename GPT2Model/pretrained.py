@@ -37,7 +37,7 @@ from GPT2Model.weight_formats import (
 UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError)
 
 
-def load(source: str | os.PathLike | Mapping, cfg: Mapping | None = None) -> GPTModel:
+def load(source: object, cfg: Mapping | None = None) -> GPTModel:
     """A GPTModel with the weights of `source`.
 
     Args:
@@ -54,6 +54,10 @@ def load(source: str | os.PathLike | Mapping, cfg: Mapping | None = None) -> GPT
     """
     if isinstance(source, Mapping):
         return from_state_dict(source, cfg, "the state dict")
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(
+            f"from_pretrained() takes a folder, a file, a name or a state dict, got {type(source).__name__}."
+        )
     path = Path(source)
     if path.is_dir():
         return from_folder(path, cfg)
@@ -162,6 +166,11 @@ def read_weights(path: Path) -> object:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
+        if "weights_only" in str(error):  # torch's refusal to run what a pickle holds
+            raise ValueError(
+                f"{path} cannot be read as weights: it is cut short, or holds Python objects besides tensors (nothing in it "
+                "was run). Copy it anew, or save model.state_dict() in its place."
+            ) from error
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{path} cannot be read as weights: it is cut short, or something else ({type(error).__name__}: {reason}). "

@@ -47,7 +47,9 @@ class GPT2Tokenizer:
         Raises:
             ValueError: an id outside the vocabulary.
         """
-        ids = [int(i) for i in ids]
+        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        if not all(isinstance(i, int) for i in ids):
+            raise ValueError("decode() takes the ids of one text, as ids[0] of a batch (B, T).")
         outside = [i for i in ids if not 0 <= i < self.vocab_size]
         if outside:
             raise ValueError(f"token ids must be in 0..{self.vocab_size - 1}, got {outside[0]}: another vocabulary?")

@@ -5,12 +5,12 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from GPT2Model.config import PRESET_ALIASES, PRESETS, from_preset, markdown_table
+from GPT2Model.config import PRESET_ALIASES, PRESETS, complete, from_preset, markdown_table
 from orchestrator.evaluation.machine import check_device
 from orchestrator.orchestration import cfg, run_smoke_tests
 from orchestrator.report import Run
-from orchestrator.text.corpora import NAMES
-from orchestrator.training.first_model import train_first_model
+from orchestrator.text.corpora import NAMES, first_tokens, load_corpus, read_text
+from orchestrator.training.first_model import TEXT, train_first_model
 
 EXIT_CODES = "Exit codes: 0 every step passed, 1 a step failed, 2 the command or its input was wrong, 130 interrupted."
 
@@ -46,6 +46,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--attn_implementation", default="auto", metavar="NAME", help="auto, eager, sdpa, flash_tiled, or an alias"
     )
+    parser.add_argument(
+        "--attn_strict", action="store_true", help="fail, instead of falling back, when NAME cannot serve"
+    )
     parser.add_argument("--max_steps", type=int, default=None, help="training steps, instead of the recipe's")
     parser.add_argument(
         "--out", default=None, metavar="DIR", help="folder for report.json, figures and model (default: runs/DATE_TIME)"
@@ -64,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
         if not _is_ours(error):
             raise  # a bug: its traceback is worth more than a short line
         print(f"error: {error}", file=sys.stderr)
@@ -74,17 +77,19 @@ def main(argv: list[str] | None = None) -> int:
 def run_main_job(args: argparse.Namespace) -> int:
     if args.max_steps is not None and args.max_steps < 1:
         raise ValueError(f"--max_steps must be 1 or more, got {args.max_steps}.")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}.")
     device = check_device(args.device)
-    assembled = {**cfg, "attn_implementation": args.attn_implementation}
-    if args.preset is not None:
-        assembled = from_preset(args.preset, attn_implementation=args.attn_implementation)
-    run = Run(args.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H%M%S"))
+    attention = {"attn_implementation": args.attn_implementation, "attn_strict": args.attn_strict}
+    assembled = {**cfg, **attention} if args.preset is None else from_preset(args.preset, **attention)
     text = args.text or (args.dataset if args.dataset not in (None, "tales") else "python-docs")
     corpus = args.text or args.dataset or "tales"
+    preset = args.preset or "nano"
+    look_first(complete(assembled), text, corpus if args.train else None, preset)
+    run = Run(args.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H%M%S"))
     try:
         run_smoke_tests(assembled, text=text, device=device, seed=args.seed, run=run)
         if args.train:
-            preset = args.preset or "nano"
             run.heading(f"A {preset} model learns {corpus}")
             train_first_model(
                 run,
@@ -92,7 +97,7 @@ def run_main_job(args: argparse.Namespace) -> int:
                 preset=preset,
                 device=device,
                 seed=args.seed,
-                attention=args.attn_implementation,
+                attention=attention,
                 max_steps=args.max_steps,
             )
     except BaseException as error:
@@ -100,6 +105,13 @@ def run_main_job(args: argparse.Namespace) -> int:
         raise
     run.close(arguments=vars(args), device=device)
     return 0 if run.passed else 1
+
+
+def look_first(cfg: dict, text: str, corpus: str | None, preset: str) -> None:
+    """Raise for what is wrong with a text or a corpus before the work, which takes minutes, and not after it."""
+    first_tokens(read_text(text), batch=2, tokens=min(256, cfg["context_length"]), name=text)
+    if corpus is not None:
+        load_corpus(corpus, from_preset(preset)["context_length"]).batch(0, TEXT.batch_size)
 
 
 def _is_ours(error: BaseException) -> bool:

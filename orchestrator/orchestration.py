@@ -22,7 +22,7 @@ from GPT2Model.generation import generate
 from GPT2Model.gpt2 import GPTModel
 from orchestrator.evaluation.agreement import GRADIENTS_LIMIT, LOGITS_LIMIT, forward_backward, largest_differences
 from orchestrator.evaluation.estimates import count_parameters, forward_flops, memory_bytes
-from orchestrator.evaluation.machine import describe_machine
+from orchestrator.evaluation.machine import describe_attention, describe_machine
 from orchestrator.evaluation.parity import toggle_table
 from orchestrator.report import Run
 from orchestrator.text.corpora import first_tokens, read_text
@@ -64,6 +64,8 @@ def run_smoke_tests(
     run.heading("GPT-2, assembled from the dict")
     model = build_model(cfg, device, seed)
     check_assembly(run, model)
+    for line in describe_attention(model):
+        run.say(line)
     tokens = min(256, model.cfg["context_length"])
     ids, targets = (part.to(device) for part in first_tokens(read_text(text), batch=2, tokens=tokens, name=text))
     check_forward(run, model, ids, targets)
@@ -81,7 +83,7 @@ def check_assembly(run: Run, model: GPTModel) -> None:
     counted, formula = model.num_parameters(), count_parameters(model.cfg)
     run.step("parameters", counted == formula, f"{counted:,}; by formula {formula:,}", parameters=counted)
     fresh = {name for name, preset in PRESETS.items() if all(model.cfg[key] == value for key, value in preset.items())}
-    run.say(f"preset: {', '.join(fresh) or 'none, sizes of your own'}; the head is tied: {model.cfg['tie_weights']}")
+    run.say(f"preset: {', '.join(fresh) or 'none, sizes of your own'}; head tied: {model.cfg['tie_weights']}")
 
 
 def check_forward(run: Run, model: GPTModel, ids: torch.Tensor, targets: torch.Tensor) -> None:
@@ -90,8 +92,9 @@ def check_forward(run: Run, model: GPTModel, ids: torch.Tensor, targets: torch.T
         logits = model(ids)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
     run.step("token ids -> logits", logits.shape == (B, T, V), f"({B}, {T}) -> {tuple(logits.shape)}")
-    # Fresh logits are noise of standard deviation init_std * sqrt(emb_dim), which costs about half its square.
-    limit = 0.1 + 0.5 * model.cfg["init_std"] ** 2 * model.cfg["emb_dim"]
+    # Fresh logits are noise: it costs half its variance, and each word of the text has one draw of it (3 sigma).
+    noise = model.cfg["init_std"] * model.cfg["emb_dim"] ** 0.5
+    limit = 0.5 * noise**2 + 3 * noise / len(targets.unique()) ** 0.5
     figure = f"loss {loss:.3f}, ln {V} = {math.log(V):.3f} (limit: {limit:.2f} away)"
     run.step("an untrained model knows nothing", abs(loss - math.log(V)) < limit, figure, loss=loss)
     memory = {name: f"{size / 2**20:,.0f} MiB" for name, size in memory_bytes(model.cfg, B, T).items()}
@@ -100,11 +103,11 @@ def check_forward(run: Run, model: GPTModel, ids: torch.Tensor, targets: torch.T
 
 
 def check_attention(run: Run, model: GPTModel, ids: torch.Tensor) -> None:
-    rows = toggle_table(model.cfg, batch=ids.shape[0], tokens=ids.shape[1], device=ids.device.type)
+    rows = toggle_table(model.cfg, batch=ids.shape[0], tokens=ids.shape[1], device=str(ids.device))
     for row in rows:
-        error, part = max(row["error"].values()), max(row["ratio"].values())
-        figure = f"error {error:.1e}, {part:.2f} of its bound; {row['seconds'] * 1e3:.0f} ms, "
-        figure += f"{row['seconds_over_eager']:.2f}x eager's time"
+        worst = max(row["ratio"], key=row["ratio"].get)  # the output or a gradient, whichever is nearest its bound
+        figure = f"{worst} off by {row['error'][worst]:.1e} (bound {row['bound'][worst]:.1e}); "
+        figure += f"{row['seconds'] * 1e3:.0f} ms, {row['seconds_over_eager']:.2f}x eager's time"
         run.step(f"attention by {row['implementation']}, forward and backward", row["passed"], figure, measured=row)
     run.save_figure(implementations_chart(rows, title="Attention, one call, forward and backward"), "attention.png")
 

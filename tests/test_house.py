@@ -84,10 +84,52 @@ def test_each_file_of_the_reading_path_says_where_it_stands_and_what_comes_next(
         assert following in opening[opening.index("Next:") :]
 
 
-def test_the_readmes_table_of_cfg_keys_is_the_one_in_config():
-    from GPT2Model.config import markdown_table
+def test_the_readmes_tables_are_the_ones_made_from_the_code():
+    from CMHA.choosing import names
+    from GPT2Model import config
 
-    assert markdown_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert config.markdown_table() in text
+    assert names.markdown_table() in text
+
+
+def test_what_the_readme_and_the_docs_point_at_exists():
+    import re
+
+    for document in ("README.md", "CONTRIBUTING.md", "tests/README.md", "docs/decisions.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        for path in re.findall(r"`([\w./-]+\.(?:py|md|txt|ipynb|toml))`", text):
+            found = (ROOT / path).exists() or (ROOT / "tests" / path).exists()
+            made_up = path in ("report.json", "CMHA/implementations/mine.py")
+            assert found or made_up, f"{document} points at {path}"
+
+
+def test_every_requirement_is_one_that_an_installer_reads():
+    from packaging.requirements import Requirement
+
+    dynamic = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["dynamic"]
+    files = dynamic["dependencies"]["file"] + dynamic["optional-dependencies"]["dev"]["file"]
+    assert files == ["requirements.txt", "requirements-dev.txt"]
+    for file in files:
+        lines = [line.partition(" #")[0].strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
+        assert len([Requirement(line) for line in lines if line and not line.startswith("#")]) >= 9
+
+
+def test_the_python_that_the_readme_shows_runs(tmp_path):
+    import re
+
+    from GPT2Model.config import from_preset
+    from GPT2Model.gpt2 import GPTModel
+
+    GPTModel(from_preset("nano", n_layers=1)).save_pretrained(tmp_path / "model")
+    GPTModel(from_preset("nano", n_layers=1, vocab_size=177)).save_pretrained(tmp_path / "tales")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
+    assert len(blocks) == 3
+    for block in blocks:  # each by itself, as a reader copies it
+        code = block.replace("path/to/gpt2", str(tmp_path / "model")).replace('"folder"', repr(str(tmp_path / "copy")))
+        code = code.replace("runs/DATE_TIME/model", str(tmp_path / "tales"))
+        exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "copy" / "model.safetensors").exists()
 
 
 def test_every_package_on_disk_is_listed_for_installation():

@@ -2,7 +2,7 @@
 
 from CMHA.choosing.choose import AttentionChoice, AttentionSettings, announce, choose
 from CMHA.choosing.device import detect_device_type
-from CMHA.choosing.names import canonical_name, known_names
+from CMHA.choosing.names import canonical_name, did_you_mean, known_names
 from CMHA.choosing.report import attention_report
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "canonical_name",
     "choose",
     "detect_device_type",
+    "did_you_mean",
     "known_names",
 ]

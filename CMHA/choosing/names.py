@@ -1,6 +1,7 @@
 """What the implementations are called: canonical names and their aliases."""
 
 import difflib
+from collections.abc import Iterable
 
 from CMHA.implementations import IMPLEMENTATIONS
 from CMHA.request import Reason
@@ -36,9 +37,24 @@ def canonical_name(name: object) -> str:
     canonical = {alias: canonical for canonical, aliases in names.items() for alias in (canonical, *aliases)}
     if isinstance(name, str) and name in canonical:
         return canonical[name]
-    near = difflib.get_close_matches(str(name), canonical, n=1)
-    suggestion = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown attn_implementation {name!r}.{suggestion} Known names: {', '.join(sorted(canonical))}.")
+    known = ", ".join(sorted(canonical))
+    raise ValueError(f"unknown attn_implementation {name!r}.{did_you_mean(name, canonical)} Known names: {known}.")
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """ " Did you mean 'the nearest'?", or nothing where nothing is near."""
+    near = difflib.get_close_matches(str(word), list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def markdown_table() -> str:
+    """The table of implementations that stands in the README."""
+    lines = ["| name | what it is |", "| --- | --- |"]
+    lines.append("| `auto` | the best that passes its own checks here (CPU and CUDA: sdpa; Apple's MPS: eager) |")
+    for name, module in IMPLEMENTATIONS.items():
+        aliases = f" ({', '.join(f'`{alias}`' for alias in module.ALIASES)})" if module.ALIASES else ""
+        lines.append(f"| `{name}`{aliases} | {module.SUMMARY} |")
+    return "\n".join(lines)
 
 
 def not_built(name: str) -> list[Reason]:

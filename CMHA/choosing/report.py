@@ -6,7 +6,7 @@ import torch
 
 from CMHA.choosing.choose import AttentionSettings, choose
 from CMHA.choosing.names import known_names
-from CMHA.implementations import IMPLEMENTATIONS
+from CMHA.implementations import IMPLEMENTATIONS, sdpa
 from CMHA.request import AttentionRequest
 
 # torch names its kernels by number; from ATen's SDPBackend enum.
@@ -48,12 +48,16 @@ def torch_kernel(request: AttentionRequest) -> str:
     """
     shape = (1, request.num_heads, request.query_len, request.head_dim)
     kv_shape = (1, request.num_kv_heads, request.key_len, request.head_dim)
-    causal = request.mask_kind == "causal" and request.query_len == request.key_len
+    plain = request.mask_kind == "causal" and request.query_len == request.key_len
+    no_mask = plain or request.mask_kind == "full" or (request.mask_kind == "causal" and request.query_len == 1)
     try:
         queries = torch.empty(shape, dtype=request.dtype, device=request.device)
         keys = torch.empty(kv_shape, dtype=request.dtype, device=request.device)
+        table = (1, 1, request.query_len, request.key_len)
+        mask = None if no_mask else torch.empty(table, dtype=torch.bool, device=request.device)
         grouped = request.num_heads != request.num_kv_heads
-        number = torch._fused_sdp_choice(queries, keys, keys, None, request.dropout, causal, enable_gqa=grouped)
+        with sdpa.kernels(request.device):
+            number = torch._fused_sdp_choice(queries, keys, keys, mask, request.dropout, plain, enable_gqa=grouped)
     except (AttributeError, RuntimeError, AssertionError, ImportError):  # a private function; a device not here
         return "unknown"
     return TORCH_KERNELS.get(int(number), str(number))

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-SUMMARY = "the definition, written out"
+SUMMARY = "the definition, written out; the only one that returns attention weights"
 ALIASES = ("manual", "standard")
 
 

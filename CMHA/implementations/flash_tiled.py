@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from CMHA.dropout import draw_seed, keep_mask
 from CMHA.request import AttentionRequest, Reason
 
-SUMMARY = "flash attention in plain PyTorch"
+SUMMARY = "flash attention in plain PyTorch: tiles, the online softmax, its own backward"
 ALIASES = ()
 OPTIONS = ("query_block_size", "kv_block_size")
 BLOCK_SIZE = 128  # queries and keys in a tile, unless asked otherwise; docs/decisions.md has the timings
@@ -46,7 +46,7 @@ def attention(
     query_block_size: int | None = None,
     kv_block_size: int | None = None,
 ) -> tuple[Float[Tensor, "batch heads query_len head_dim"], None]:
-    """Attention tile by tile. Arguments and result as in eager.py; the weights are None.
+    """Attention tile by tile. The contract of the registry; the weights are None.
 
     Args:
         query_block_size, kv_block_size: queries and keys in a tile. They change the order of summation, hence
@@ -56,8 +56,14 @@ def attention(
     batch, heads, query_len, head_dim = queries.shape
     grouped = queries.reshape(batch, keys.shape[1], -1, query_len, head_dim)
     seed = draw_seed() if dropout > 0 else 0
+    if torch.is_autocast_enabled(queries.device.type):  # as torch's own op: inputs in the dtype of autocast
+        dtype = torch.get_autocast_dtype(queries.device.type)
+        grouped, keys, values = grouped.to(dtype), keys.to(dtype), values.to(dtype)
     blocks = (query_block_size or BLOCK_SIZE, kv_block_size or BLOCK_SIZE)
-    context = TiledAttention.apply(grouped, keys.unsqueeze(2), values.unsqueeze(2), mask, scale, dropout, seed, blocks)
+    with torch.autocast(queries.device.type, enabled=False):  # the tiles are summed in fp32, whatever surrounds them
+        context = TiledAttention.apply(
+            grouped, keys.unsqueeze(2), values.unsqueeze(2), mask, scale, dropout, seed, blocks
+        )
     return context.reshape(batch, heads, query_len, head_dim), None
 
 

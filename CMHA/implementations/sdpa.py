@@ -14,11 +14,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from CMHA.request import AttentionRequest, Reason
 
-SUMMARY = "PyTorch's fused op"
+SUMMARY = "PyTorch's fused op; since torch 2.2 its own CUDA flash kernel is FlashAttention-2"
 ALIASES = ("flash_attention_1", "flash_attn_1")
 
-# cuDNN's kernel is left out: its backward gave NaN with some masks on H100 (pytorch issue 196678).
-CUDA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+def kernels(device: str):
+    """What the op may pick from. cuDNN's backward gave NaN with some masks on H100 (pytorch issue 196678): left out."""
+    allowed = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(allowed) if device == "cuda" else nullcontext()
 
 
 def check(request: AttentionRequest) -> list[Reason]:
@@ -41,11 +44,10 @@ def attention(
     scale: float,
     dropout: float = 0.0,
 ) -> tuple[Float[Tensor, "batch heads query_len head_dim"], None]:
-    """Attention without the table. Arguments and result as in eager.py; the weights are None."""
+    """Attention without the table. The contract of the registry; the weights are None."""
     # is_causal aligns the mask to the upper left, which is right only for as many queries as keys.
     needs_table = not (mask.is_plain_causal or mask.hides_nothing)
-    kernels = sdpa_kernel(CUDA_KERNELS) if queries.is_cuda else nullcontext()
-    with kernels:
+    with kernels(queries.device.type):
         context = F.scaled_dot_product_attention(
             queries,
             keys,

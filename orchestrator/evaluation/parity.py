@@ -170,7 +170,7 @@ def results(context: Tensor, leaves: list[Tensor]) -> dict[str, Tensor]:
 
 
 def errors(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
-    return {key: float((found[key].to(exact[key]) - exact[key]).abs().max()) for key in FACTORS}
+    return {key: float((found[key].to(exact[key].device).double() - exact[key]).abs().max()) for key in FACTORS}
 
 
 @lru_cache(maxsize=2)
@@ -179,8 +179,8 @@ def expectation(case: Case) -> tuple[dict[str, Tensor], dict[str, float]]:
     exact = reference(case)
     plain_error = errors(plain(case, case.dtype), exact)
     (_, _, values), grad_context, _ = tensors(case)
-    values = values.detach().double().repeat_interleave(case.num_heads // case.num_kv_heads, dim=1)
-    grad_weights = float((grad_context.double() @ values.mT).abs().max())
+    values = values.detach().cpu().double().repeat_interleave(case.num_heads // case.num_kv_heads, dim=1)
+    grad_weights = float((grad_context.cpu().double() @ values.mT).abs().max())
     grad_scale = grad_weights * case.scale * max(case.query_len, case.key_len) ** 0.5
     scales = dict.fromkeys(FACTORS, grad_scale) | {"context": float(values.abs().max())}
     eps = torch.finfo(case.dtype).eps

@@ -95,7 +95,7 @@ class TextCorpus:
             raise ValueError(
                 f"{name} is too short: {len(ids)} tokens, {validation_part:.0%} of them held out, leave less than a "
                 f"window of context_length={context_length} + 1 tokens. Give it at least "
-                f"{math.ceil((context_length + 1) / validation_part)} tokens, or choose a shorter context."
+                f"{math.ceil((context_length + 1) / validation_part)} tokens, or a model with a shorter context."
             )
         self.windows = (len(self.train_ids) - 1) // context_length
         held_out = (len(self.validation_ids) - 1) // context_length

@@ -244,7 +244,7 @@ def next_word_probabilities(prefix_words: Sequence[str]) -> dict[str, float]:
 class TalesTokenizer:
     """One token for each word or mark: the smallest tokenizer that can be read by eye.
 
-    GPT-2's byte-pair encoding would spend its 50,257 entries on about 190 words. Spaces follow from
+    GPT-2's byte-pair encoding would spend its 50,257 entries on about 180 words. Spaces follow from
     a rule (none before a mark), so that a story comes back from its tokens exactly.
 
     Attributes:

@@ -18,6 +18,7 @@ from orchestrator.training.loop import TrainSettings, train
 from orchestrator.views.figures import attention_map, loss_curve
 
 GAP = 0.03  # nats per token above the exact floor, at most
+NOISE = 0.005  # below it, at most: on 200 stories luck is worth this much, and what is more has seen the answer
 STORIES, GRAMMATICAL = 100, 90  # stories it writes, and how many must obey the grammar
 
 # What was tried on the way to these numbers stands in docs/decisions.md. No weight decay on the tales: every story is
@@ -31,7 +32,7 @@ TALES = TrainSettings(
     weight_decay=0.0,
     eval_steps=50,
 )
-TEXT = TrainSettings(max_steps=80, batch_size=8, learning_rate=2e-3, warmup_steps=8, eval_steps=20)
+TEXT = TrainSettings(max_steps=80, batch_size=4, learning_rate=2e-3, warmup_steps=8, eval_steps=20)
 
 
 def train_first_model(
@@ -41,7 +42,7 @@ def train_first_model(
     preset: str = "nano",
     device: str = "cpu",
     seed: int = 0,
-    attention: str = "auto",
+    attention: dict | None = None,
     max_steps: int | None = None,
 ) -> GPTModel:
     """Train a preset on a corpus, judge it in `run`, and save it to the run's folder.
@@ -50,7 +51,7 @@ def train_first_model(
         run: where the steps are recorded, and whose folder gets the curve, the attention map and the model.
         corpus_name: "tales", "python-docs", a text file or a folder.
         preset: the model's sizes; its vocabulary is the corpus's.
-        device, seed, attention: of the model. max_steps: instead of the recipe's.
+        device, seed: of the model. attention: attention keys of its cfg. max_steps: instead of the recipe's.
     Returns:
         the trained model.
     Raises:
@@ -58,7 +59,7 @@ def train_first_model(
     """
     sizes = from_preset(preset)
     corpus = load_corpus(corpus_name, sizes["context_length"], seed)
-    overrides = {"vocab_size": corpus.tokenizer.vocab_size, "drop_rate": 0.0, "attn_implementation": attention}
+    overrides = {"vocab_size": corpus.tokenizer.vocab_size, "drop_rate": 0.0, **(attention or {})}
     recipe = TALES if corpus.name == "tales" else TEXT
     settings = replace(recipe, seed=seed, max_steps=max_steps or recipe.max_steps)
     torch.manual_seed(seed)
@@ -84,7 +85,7 @@ def judge_tales(run: Run, model: GPTModel, corpus: TalesCorpus, history, seed: i
     loss = history.validation[-1][1]
     gap = loss - corpus.floor
     figure = f"{loss:.4f} nats/token, exact floor {corpus.floor:.4f}: {gap:.4f} above it (limit {GAP})"
-    run.step("the model learned all there is", gap <= GAP, figure, loss=loss, floor=corpus.floor, gap=gap,
+    run.step("the model learned all there is", -NOISE <= gap <= GAP, figure, loss=loss, floor=corpus.floor, gap=gap,
              validation=history.validation, seconds_of_training=history.seconds)  # fmt: skip
     run.save_figure(
         loss_curve(history, title="tales: the loss runs to the floor", floor=corpus.floor, limit=GAP), "loss.png"

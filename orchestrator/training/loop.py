@@ -4,6 +4,7 @@ Small and honest: AdamW with decay groups, warmup and cosine, clipping, a valida
 """
 
 import math
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 
@@ -128,7 +129,9 @@ def train(model: nn.Module, corpus, settings: TrainSettings, *, progress: bool =
     torch.manual_seed(settings.seed)
     optimizer = make_optimizer(model, settings.learning_rate, settings.weight_decay, settings.betas)
     history, start = History(), time.perf_counter()
-    bar = tqdm(range(settings.max_steps), desc="training", unit="step", disable=not progress, dynamic_ncols=True)
+    live = sys.stderr.isatty() or "ipykernel" in sys.modules  # into a file: a line now and then, not ten a second
+    pace = {"mininterval": 0.1 if live else 10.0, "dynamic_ncols": live}
+    bar = tqdm(range(settings.max_steps), desc="training", unit="step", disable=not progress, **pace)
     model.train()
     for step in bar:
         if step % settings.eval_steps == 0:

@@ -11,6 +11,7 @@ from torch import nn
 from CMHA.cmha import MultiHeadAttention
 from CMHA.implementations import IMPLEMENTATIONS
 from CMHA.kv_cache import LayerCache
+from CMHA.masks import AttentionMask
 from CMHA.request import AttentionRequest
 
 NAMES = [name for name, module in IMPLEMENTATIONS.items() if not module.check(AttentionRequest(needs_grad=True))]
@@ -175,7 +176,7 @@ def test_dropout_keeps_the_mean_and_drops_at_its_rate_within_four_sigma(name):
     """One token's value is 1, the queries and keys are 0: each output is 1/T of what was kept, scaled."""
     T, dropout = 40, 0.25
     attention = IMPLEMENTATIONS[name].attention
-    mask = layer().make_mask(T, T, None, torch.zeros(1))
+    mask = AttentionMask(T, T)
     torch.manual_seed(0)
     zeros, identity = torch.zeros(8, 4, T, T), torch.eye(T).expand(8, 4, T, T)
     weights = attention(zeros, zeros, identity, mask, scale=1.0, dropout=dropout)[0]
@@ -303,9 +304,17 @@ def test_a_padding_mask_that_does_not_fit_is_refused_before_it_reaches_the_formu
     with pytest.raises(ValueError, match=r"shape \(2, 5\).*got \(2, 4\)"):
         module(x, torch.ones(2, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"shape \(2, 5\).*got \(1, 5\)"):  # a batch of 1 would broadcast in silence
-        module.make_mask(5, 5, torch.ones(1, 5, dtype=torch.bool), x)
+        AttentionMask(5, 5, padding_mask=torch.ones(1, 5, dtype=torch.bool), batch_size=2)
     with pytest.raises(TypeError, match=r"torch\.bool.*real token"):
-        module.make_mask(5, 5, torch.ones(2, 5), x)
+        AttentionMask(5, 5, padding_mask=torch.ones(2, 5))
+
+
+def test_a_ready_mask_must_be_for_this_call():
+    module = layer(tokens=6)
+    with pytest.raises(ValueError, match=r"mask is for \(4, 4\).*the call has \(5, 5\)"):
+        module(numbers(1, 5, 10), mask=AttentionMask(4, 4))
+    with pytest.raises(ValueError, match=r"7 tokens.*context_length=6"):
+        module(numbers(1, 7, 10), mask=AttentionMask(7, 7))
 
 
 def test_an_unknown_implementation_is_refused_when_the_layer_is_built():

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from CMHA.choosing import AttentionSettings
 from CMHA.kv_cache import KVCache
+from CMHA.masks import AttentionMask
 from GPT2Model.config import from_preset
 from GPT2Model.gpt2 import GPTModel
 
@@ -379,3 +380,35 @@ def test_ids_without_a_batch_axis_or_that_are_no_whole_numbers_are_refused(build
     for ids in (torch.tensor([1, 2, 3]), torch.zeros(1, 3)):
         with pytest.raises((ValueError, TypeError), match="ids"):
             model(ids)
+
+
+def test_the_embeddings_are_dropped_in_training(build, random_ids):
+    model = build(drop_rate=0.25)
+    for block in model.blocks:  # nothing but the embeddings reaches the last norm
+        for linear in (block.attention.out_proj, block.feed_forward.down_proj):
+            torch.nn.init.zeros_(linear.weight)
+            torch.nn.init.zeros_(linear.bias)
+    seen = []
+    model.final_norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    ids = random_ids(30, 20)
+    model.eval()(ids)
+    model.train()(ids)
+    whole, thinned = seen
+    dropped = thinned == 0
+    assert ((thinned / whole - 1 / 0.75).abs() < 1e-6)[~dropped].all()
+    assert abs(dropped.double().mean().item() - 0.25) < 4 * (0.25 * 0.75 / dropped.numel()) ** 0.5
+
+
+def test_one_mask_is_made_for_all_layers(build, random_ids, monkeypatch):
+    made = []
+
+    class Counted(AttentionMask):
+        def __init__(self, *args, **kwargs):
+            made.append(args)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr("GPT2Model.gpt2.AttentionMask", Counted)
+    monkeypatch.setattr("CMHA.cmha.AttentionMask", Counted)
+    model = build(n_layers=3, attn_implementation="eager")
+    model(random_ids(2, 11))
+    assert made == [(11, 11)]

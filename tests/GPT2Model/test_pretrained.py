@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import time
 
 import huggingface_hub
 import pytest
@@ -178,7 +177,6 @@ def test_a_name_on_the_hub_without_a_network_says_what_to_do(monkeypatch):
         raise ConnectionError("no network in this test")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    started = time.monotonic()
     for name in ("gpt2", "gpt2-xl", "somebody/their-gpt2"):
         message = refused(name, kind=FileNotFoundError)
         assert repr(name) in message
@@ -186,7 +184,6 @@ def test_a_name_on_the_hub_without_a_network_says_what_to_do(monkeypatch):
     assert asked == ["openai-community/gpt2", "openai-community/gpt2-xl", "somebody/their-gpt2"]
     assert "without published weights" in refused("nano", kind=FileNotFoundError)
     assert len(asked) == 3
-    assert time.monotonic() - started < 5
 
 
 def test_a_name_on_the_hub_opens_the_folder_that_was_fetched(monkeypatch, folder, build):

@@ -128,6 +128,24 @@ def test_dropout_acts_in_training_only_and_on_what_is_added():
     assert torch.equal(block(x), x)  # the stream itself is never dropped
 
 
+@pytest.mark.parametrize("half", ["attention", "feed_forward"])
+def test_what_each_half_adds_is_dropped_or_made_larger(half):
+    torch.manual_seed(0)
+    block = TransformerBlock({**MINIMAL, "drop_rate": 0.25}).double()
+    block.attention.dropout = 0.0  # its own dropout, on the weights, is another matter
+    silent = block.feed_forward.down_proj if half == "attention" else block.attention.out_proj
+    nn.init.zeros_(silent.weight)
+    nn.init.zeros_(silent.bias)
+    x = torch.randn(40, 9, 30, dtype=torch.float64)
+    added_in_training = block.train()(x) - x
+    added = block.eval()(x) - x
+    kept = (added_in_training / added - 1 / 0.75).abs() < 1e-6
+    dropped = added_in_training == 0
+    assert (kept | dropped).all()
+    rate, sigma = dropped.double().mean().item(), (0.25 * 0.75 / dropped.numel()) ** 0.5
+    assert abs(rate - 0.25) < 4 * sigma
+
+
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ValueError, match="num_heads=4"):
         TransformerBlock({**MINIMAL, "n_heads": 4})

@@ -145,7 +145,7 @@ def test_it_finds_the_repository_from_inside_and_from_the_folder_above(committed
         monkeypatch.setattr(sys, "path", list(sys.path))
         exec(compile(source, "llm.ipynb", "exec"), {})
         assert sys.path.index(str(expected)) < len(sys.path)
-        assert capsys.readouterr().out == f"repository: {expected}\n"
+        assert capsys.readouterr().out == f"repository: {expected.name}\n"
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match=r"No folder CMHA in .*elsewhere"):

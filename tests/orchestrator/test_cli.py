@@ -1,11 +1,13 @@
 """The main job as a user starts it: as a file, as a folder, as a module, from any folder, right and wrong."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from orchestrator.cli import main
 
@@ -72,6 +74,9 @@ def test_training_on_a_file_of_ones_own_shows_before_and_after(tmp_path, capsys)
         (["--text", "no-such-file.txt"], "no such file"),
         (["--device", "cuda:77"], "cannot be used here"),
         (["--device", "banana"], "cannot be used here"),
+        (["--device", "meta"], "cannot be used here"),
+        (["--seed", "99999999999999999999999"], "--seed must be"),
+        (["--dataset", "shakespeare"], "no such file, folder or dataset"),
         (["--max_steps", "0"], "1 or more"),
         (["--out", "/dev/null/run"], "cannot write to"),
     ],
@@ -91,7 +96,12 @@ def test_a_short_text_says_how_much_is_needed(tmp_path, capsys):
     (tmp_path / "short.txt").write_text("Hello there.")
     assert main([*SMALL, "--text", str(tmp_path / "short.txt"), "--out", str(tmp_path / "run")]) == 2
     assert "too short for one batch" in capsys.readouterr().err
-    assert json.loads((tmp_path / "run" / "report.json").read_text())["passed"] is False
+    assert not (tmp_path / "run").exists()  # seen before the work
+    (tmp_path / "middling.txt").write_text("enough for the smoke tests. " * 60)
+    assert main([*SMALL, "--train", "--text", str(tmp_path / "middling.txt"), "--out", str(tmp_path / "run")]) == 2
+    captured = capsys.readouterr()
+    assert "too short" in captured.err
+    assert "PASS" not in captured.out
 
 
 def test_a_failed_step_makes_the_exit_code_1(tmp_path, monkeypatch, capsys):
@@ -125,8 +135,6 @@ def test_where_both_sides_are_eager_it_says_not_compared(tmp_path, capsys):
 
 
 def test_the_seed_makes_the_weights_and_the_preset_the_size():
-    import torch
-
     from GPT2Model.config import from_preset
     from orchestrator.orchestration import build_model, cfg
 
@@ -138,3 +146,77 @@ def test_the_seed_makes_the_weights_and_the_preset_the_size():
     assert list(flipped) == list(one)
     assert all(torch.equal(one[name], flipped[name]) for name in one)
     assert cfg["use_flash"] is True
+
+
+def test_the_seed_and_the_dataset_reach_what_is_built(monkeypatch, tmp_path):
+    import orchestrator.cli as cli
+
+    asked = {}
+    monkeypatch.setattr(cli, "run_smoke_tests", lambda cfg, **given: asked.update(smoke=given, cfg=cfg))
+    monkeypatch.setattr(cli, "train_first_model", lambda run, **given: asked.update(train=given))
+    arguments = ["--train", "--dataset", "python-docs", "--seed", "7", "--device", "cpu", "--preset", "tiny"]
+    main([*arguments, "--attn_implementation", "flash_tiled", "--attn_strict", "--out", str(tmp_path)])
+    assert (asked["smoke"]["seed"], asked["smoke"]["text"], asked["smoke"]["device"]) == (7, "python-docs", "cpu")
+    assert (asked["cfg"]["emb_dim"], asked["cfg"]["attn_implementation"], asked["cfg"]["attn_strict"]) == (
+        192, "flash_tiled", True,
+    )  # fmt: skip
+    assert (asked["train"]["seed"], asked["train"]["corpus_name"], asked["train"]["preset"]) == (
+        7,
+        "python-docs",
+        "tiny",
+    )
+    assert asked["train"]["attention"] == {"attn_implementation": "flash_tiled", "attn_strict": True}
+
+
+def small_run(monkeypatch):
+    """The steps of a smoke run on a tiny cfg, by name."""
+    from orchestrator.orchestration import run_smoke_tests
+
+    cfg = {"vocab_size": 50257, "context_length": 32, "emb_dim": 16, "n_heads": 2, "n_layers": 1}
+    return {step["name"]: step["passed"] for step in run_smoke_tests(cfg).steps}
+
+
+def test_every_step_of_the_smoke_tests_can_fail(monkeypatch):
+    from CMHA.kv_cache import LayerCache
+    from GPT2Model.gpt2 import GPTModel
+    from orchestrator import orchestration
+
+    assert all(small_run(monkeypatch).values())
+
+    with monkeypatch.context() as broken:
+        broken.setattr(orchestration, "count_parameters", lambda cfg: 1)
+        assert not small_run(monkeypatch)["parameters"]
+
+    with monkeypatch.context() as broken:
+        real = GPTModel.initialise
+        broken.setattr(GPTModel, "initialise", lambda self: (real(self), self.token_embedding.weight.data.mul_(300)))
+        assert not small_run(monkeypatch)["an untrained model knows nothing"]
+
+    with monkeypatch.context() as broken:
+        append = LayerCache.append
+
+        def forgetful(self, keys, values):  # the first token's values are lost
+            keys, values = append(self, keys, values)
+            return keys, torch.cat([values[:, :, :1] * 50, values[:, :, 1:]], dim=2)
+
+        broken.setattr(LayerCache, "append", forgetful)
+        real = GPTModel.initialise
+        broken.setattr(
+            GPTModel, "initialise", lambda self: (real(self), [p.data.mul_(8) for p in self.blocks.parameters()])
+        )
+        assert not small_run(monkeypatch)["cached generation equals uncached"]
+
+    with monkeypatch.context() as broken:
+        real_differences = orchestration.largest_differences
+        for wrong in ({"gradients": 1e-3}, {"logits": 1e-3}, {"gradients": float("nan")}):
+            broken.setattr(orchestration, "largest_differences", lambda a, b, w=wrong: real_differences(a, b) | w)
+            assert not small_run(monkeypatch)["the whole model, flash_tiled and eager"]
+
+
+def test_a_nan_in_any_gradient_is_the_largest_difference():
+    from orchestrator.evaluation.agreement import Outcome, largest_differences
+
+    one = Outcome(torch.zeros(1, 1, 2), 0.0, {"a": torch.ones(2), "b": torch.ones(2)}, 0.0)
+    other = Outcome(torch.zeros(1, 1, 2), 0.0, {"a": torch.ones(2), "b": torch.tensor([1.0, float("nan")])}, 0.0)
+    for pair in ((one, other), (other, one)):
+        assert math.isnan(largest_differences(*pair)["gradients"])

@@ -59,6 +59,43 @@ def test_a_model_that_knows_the_grammar_has_exactly_the_floor_as_its_loss():
     assert evaluate(KnowsTheGrammar(corpus), corpus.validation) == pytest.approx(corpus.floor, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("above", "passes"), [(0.02, True), (-0.001, True), (0.04, False), (-0.4, False), (float("nan"), False)]
+)
+def test_a_loss_far_below_the_floor_fails_as_one_far_above_does(above, passes, monkeypatch):
+    """No model can be better than the floor by more than luck: one that is has seen the answers."""
+    from orchestrator.training.loop import History
+
+    corpus = TalesCorpus(seed=4, held_out=50)
+    monkeypatch.setattr(first_model, "write_stories", lambda *args: corpus.held_out[:3])
+    model = GPTModel(from_preset("nano", vocab_size=corpus.tokenizer.vocab_size))
+    run = Run()
+    history = History(train=[(0, 5.0)], validation=[(0, 5.0), (9, corpus.floor + above)])
+    first_model.judge_tales(run, model, corpus, history, seed=0)
+    assert run.steps[0]["passed"] is passes
+
+
+def test_a_text_is_learned_when_the_loss_is_below_that_of_word_frequencies(monkeypatch):
+    from orchestrator.text.corpora import TextCorpus
+    from orchestrator.training.loop import History
+
+    corpus = TextCorpus("a b c d " * 2000, "letters", 16)
+    for loss, passes in ((corpus.unigram_loss() - 0.01, True), (corpus.unigram_loss() + 0.01, False)):
+        run = Run()
+        first_model.judge_text(run, loss, corpus, History(train=[(0, 9.0)], validation=[(0, 9.0), (1, loss)]))
+        assert run.steps[0]["passed"] is passes
+
+
+def test_a_model_that_is_not_the_one_saved_is_seen(tmp_path, monkeypatch):
+    model = GPTModel(from_preset("nano", vocab_size=30))
+    other = GPTModel(from_preset("nano", vocab_size=30))
+    run = Run(tmp_path)
+    monkeypatch.setattr(GPTModel, "save_pretrained", lambda self, folder: None)
+    monkeypatch.setattr(GPTModel, "from_pretrained", classmethod(lambda cls, folder: other))
+    first_model.save(run, model)
+    assert not run.passed
+
+
 def test_stories_are_cut_at_their_end_and_judged_one_by_one(monkeypatch):
     corpus = TalesCorpus(seed=4, held_out=50)
     end = corpus.tokenizer.end_of_text

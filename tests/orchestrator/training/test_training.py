@@ -137,6 +137,25 @@ def test_a_small_model_learns_to_count():
     assert not model.training
 
 
+def test_three_steps_are_those_of_a_loop_written_out():
+    settings_ = TrainSettings(**{**vars(RECIPE), "max_steps": 3})
+    trained, corpus = small_model().double(), CountingCorpus()
+    train(trained, corpus, settings_, progress=False)
+    by_hand = small_model().double().train()
+    optimizer = make_optimizer(by_hand, RECIPE.learning_rate, RECIPE.weight_decay, RECIPE.betas)
+    for step in range(3):
+        x, y = corpus.batch(step, RECIPE.batch_size)
+        gradients = torch.autograd.grad(next_token_loss(by_hand(x), y), list(by_hand.parameters()))
+        length = sum(g.square().sum() for g in gradients).sqrt()
+        for parameter, gradient in zip(by_hand.parameters(), gradients, strict=True):
+            parameter.grad = gradient * min(1.0, 1.0 / (length.item() + 1e-6))
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-3 * (step + 1) / 5
+        optimizer.step()
+    for (name, one), other in zip(trained.named_parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12, msg=name)
+
+
 def test_every_implementation_trains_alike():
     losses = {}
     for name in ("eager", "sdpa", "flash_tiled"):
