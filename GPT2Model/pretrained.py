@@ -168,8 +168,8 @@ def read_weights(path: Path) -> object:
     except UNREADABLE as error:
         if "weights_only" in str(error):  # torch's refusal to run what a pickle holds
             raise ValueError(
-                f"{path} cannot be read as weights: it is cut short, or holds Python objects besides tensors (nothing in it "
-                "was run). Copy it anew, or save model.state_dict() in its place."
+                f"{path} cannot be read as weights: it is cut short, or holds Python objects besides tensors (nothing "
+                "in it was run). Copy it anew, or save model.state_dict() in its place."
             ) from error
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise ValueError(

@@ -5,6 +5,7 @@ model writes. On a text that people wrote nobody knows the floor: there it must 
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -32,7 +33,7 @@ TALES = TrainSettings(
     weight_decay=0.0,
     eval_steps=50,
 )
-TEXT = TrainSettings(max_steps=80, batch_size=4, learning_rate=2e-3, warmup_steps=8, eval_steps=20)
+TEXT = TrainSettings(max_steps=240, batch_size=4, learning_rate=2e-3, warmup_steps=10, eval_steps=40)
 
 
 def train_first_model(
@@ -105,7 +106,7 @@ def judge_text(run: Run, loss: float, corpus: TextCorpus, history) -> None:
     figure = f"{loss:.3f} nats/token on held-out text; {unigram:.3f} from word frequencies alone"
     run.step("the model learned something of order", loss < unigram, figure, loss=loss, unigram=unigram,
              validation=history.validation, seconds_of_training=history.seconds)  # fmt: skip
-    curve = loss_curve(history, title=corpus.name, baseline=("word frequencies alone", unigram))
+    curve = loss_curve(history, title=Path(corpus.name).name, baseline=("word frequencies alone", unigram))
     run.save_figure(curve, "loss.png")
 
 
