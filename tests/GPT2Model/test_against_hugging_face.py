@@ -7,11 +7,10 @@ folder; gradients are mapped by a table written here anew.
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 
 from GPT2Model.generation import generate
 from GPT2Model.gpt2 import GPTModel
-
-transformers = pytest.importorskip("transformers")
 
 SHAPES = {
     "60 wide, 5 heads": {"n_embd": 60, "n_head": 5, "n_layer": 3, "vocab_size": 131, "n_positions": 67},
