@@ -1,6 +1,7 @@
 """attention_report(): the choice as plain data, for JSON, bug reports and tests."""
 
 import platform
+from dataclasses import replace
 
 import torch
 
@@ -26,6 +27,7 @@ def attention_report(settings: AttentionSettings | None = None, request: Attenti
         ValueError: as `choose`, under attn_strict.
     """
     settings, request = settings or AttentionSettings(), request or AttentionRequest()
+    request = replace(request, mps_guard=not settings.disable_mps_fix)  # as `choose` asks
     choice = choose(settings, request)
     return {
         "requested": choice.requested,

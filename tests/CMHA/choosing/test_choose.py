@@ -159,7 +159,9 @@ def test_on_mps_a_warning_says_why_and_how_to_be_rid_of_it(name, messages):
 def test_disable_mps_fix_in_the_settings_is_what_turns_the_guard_off_in_the_report_too():
     for disabled, chosen in ((False, "eager"), (True, "sdpa")):
         settings = AttentionSettings(disable_mps_fix=disabled)
-        assert attention_report(settings, AttentionRequest(device="mps"))["chosen"] == chosen
+        report = attention_report(settings, AttentionRequest(device="mps"))
+        assert report["chosen"] == chosen
+        assert report["usable"]["sdpa"] == ([] if disabled else ["mps_nan"])
 
 
 # --- what is said ------------------------------------------------------------------------------------------
