@@ -4,10 +4,20 @@ Legend: True means "may attend", as in torch's scaled_dot_product_attention (mas
 are the commonest cause of silently wrong attention). Query i stands at position i + offset of the keys,
 with offset = key_len - query_len: the *last* query sees the *last* key. That is the lower-right alignment
 that a KV cache needs, where a few new queries meet many old keys.
+
+Four rules, each on or off, and a key must pass all that are on:
+
+    causal      it stands at the query's position or before
+    padding     it is a real token                                         (texts of unequal length in one batch)
+    documents   it belongs to the query's document                         (several texts packed into one sequence)
+    window      it stands fewer than `window` positions away               (Longformer, Mistral)
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 
@@ -21,10 +31,13 @@ class AttentionMask:
         query_len, key_len: in tokens.
         causal: a query sees only keys at its own position or before.
         padding_mask: (B, key_len) bool, True = a real token. None: every token is real.
-        batch_size: B, to hold the padding mask against; None: not looked at.
+        documents: (B, key_len) int, the number of each key's document, never falling along a row. None: one document.
+        window: a query sees only keys fewer than this many positions away, itself included: with causal, the last
+            `window` keys. None: any distance.
+        batch_size: B, to hold padding_mask and documents against; None: not looked at.
         device: where the tables are made.
     Raises:
-        TypeError, ValueError: a padding mask that is not a bool tensor of shape (B, key_len).
+        TypeError, ValueError: padding_mask or documents of a wrong dtype or shape, or a window below 1.
     """
 
     def __init__(
@@ -33,58 +46,101 @@ class AttentionMask:
         key_len: int,
         *,
         causal: bool = True,
-        padding_mask: Tensor | None = None,
+        padding_mask: Bool[Tensor, "batch key_len"] | None = None,
+        documents: Int[Tensor, "batch key_len"] | None = None,
+        window: int | None = None,
         batch_size: int | None = None,
         device=None,
     ):
         if padding_mask is not None:
             check_padding_mask(padding_mask, key_len, batch_size)
+            batch_size = padding_mask.shape[0]
+        if documents is not None:
+            check_documents(documents, query_len, key_len, batch_size)
+        if window is not None and window < 1:
+            raise ValueError(f"window must be 1 (a token sees itself) or more, or None for any distance, got {window}.")
         self.query_len, self.key_len, self.causal = query_len, key_len, causal
         self.offset = key_len - query_len
-        self.padding_mask = padding_mask
-        self.device = padding_mask.device if padding_mask is not None else device
-        self._dense: Tensor | None = None
+        self.padding_mask, self.documents = padding_mask, documents
+        # A window as wide as the sequence hides nothing: then it is none.
+        self.window = window if window is not None and window < max(query_len, key_len) else None
+        given = [tensor.device for tensor in (padding_mask, documents) if tensor is not None]
+        self.device = given[0] if given else device
+        self._derived: dict[str, Any] = {}
 
     @property
     def kind(self) -> str:
-        """ "causal" or "full", with "+padding" where there is any: what the choosing needs to know."""
-        return ("causal" if self.causal else "full") + ("" if self.padding_mask is None else "+padding")
+        """ "causal" or "full", with "+padding", "+documents", "+window" where they are: what the choosing asks about."""
+        rules = {"padding": self.padding_mask, "documents": self.documents, "window": self.window}
+        return "+".join(["causal" if self.causal else "full", *(name for name, rule in rules.items() if rule is not None)])
 
     @property
     def is_plain_causal(self) -> bool:
-        """Causal, no padding, as many queries as keys: the case every fused kernel has a flag for."""
+        """Causal and nothing else, as many queries as keys: the case every fused kernel has a flag for."""
         return self.kind == "causal" and self.offset == 0
 
     @property
     def hides_nothing(self) -> bool:
         """Every query sees every key: no mask needed at all (one new token at the end of a cache, say)."""
-        return self.padding_mask is None and (not self.causal or (self.query_len == 1 and self.offset >= 0))
+        return self.kind == "full" or (self.kind == "causal" and self.query_len == 1 and self.offset >= 0)
 
     def dense(self) -> Bool[Tensor, "batch_or_1 1 query_len key_len"]:
         """The whole table, True = may attend. Made at the first call, then shared by all layers."""
-        if self._dense is None:
+
+        def make() -> Tensor:
             tile = self.tile(0, self.query_len, 0, self.key_len)
             everything = torch.ones(1, 1, self.query_len, self.key_len, dtype=torch.bool, device=self.device)
-            self._dense = everything if tile is None else tile.expand(-1, -1, self.query_len, self.key_len)
-        return self._dense
+            return everything if tile is None else tile.expand(-1, -1, self.query_len, self.key_len)
+
+        return self.once("dense", make)
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make()` gave when it was first asked for under this name: made by one layer, shared by the others.
+
+        For what an implementation derives from the mask: the table, flex's BlockMask, the offsets of packed sequences.
+        """
+        if name not in self._derived:
+            self._derived[name] = make()
+        return self._derived[name]
 
     def tile(
         self, query_start: int, query_end: int, key_start: int, key_end: int
     ) -> Bool[Tensor, "batch_or_1 1 queries_or_1 keys"] | None:
         """The table for one tile of queries and keys, or None where the tile hides nothing."""
-        allowed = None
-        if self.causal and key_end - 1 > query_start + self.offset:  # else the tile lies below the diagonal
-            query_positions = torch.arange(query_start, query_end, device=self.device) + self.offset
-            key_positions = torch.arange(key_start, key_end, device=self.device)
-            allowed = (key_positions[None, :] <= query_positions[:, None])[None, None]
+        first, last = query_start + self.offset, query_end - 1 + self.offset  # positions of the tile's queries
+        queries = torch.arange(first, last + 1, device=self.device)[:, None]
+        keys = torch.arange(key_start, key_end, device=self.device)[None, :]
+        rules = []
+        if self.causal and key_end - 1 > first:  # else the tile lies below the diagonal
+            rules.append((keys <= queries)[None, None])
+        if self.window is not None and last - key_start >= self.window:
+            rules.append((queries - keys < self.window)[None, None])
+        if self.window is not None and not self.causal and key_end - 1 - first >= self.window:
+            rules.append((keys - queries < self.window)[None, None])
         if self.padding_mask is not None:
-            real = self.padding_mask[:, None, None, key_start:key_end]
-            allowed = real if allowed is None else allowed & real
+            rules.append(self.padding_mask[:, None, None, key_start:key_end])
+        if self.documents is not None:
+            of_queries, of_keys = self.documents[:, first : last + 1], self.documents[:, key_start:key_end]
+            rules.append((of_queries[:, :, None] == of_keys[:, None, :])[:, None])
+        allowed = None
+        for rule in rules:
+            allowed = rule if allowed is None else allowed & rule
         return allowed
 
-    def visible_keys(self, query_end: int) -> int:
-        """How many leading keys the queries before `query_end` can see at all: where a loop may stop."""
-        return max(0, min(self.key_len, query_end + self.offset)) if self.causal else self.key_len
+    def visible_keys(self, query_start: int, query_end: int) -> tuple[int, int]:
+        """(first, end): keys outside are seen by none of these queries, so a loop over tiles may leave them out."""
+        first, last = query_start + self.offset, query_end - 1 + self.offset
+        start = 0 if self.window is None else max(0, first - self.window + 1)
+        reach = 0 if self.causal else self.key_len if self.window is None else self.window - 1
+        end = max(0, min(self.key_len, last + 1 + reach))
+        return min(start, end), end
+
+    def show(self, sequence: int = 0, words=None):
+        """Print the table of one sequence of the batch and return a matplotlib figure of it: see `CMHA/mask_pictures.py`."""
+        from CMHA.mask_pictures import figure, text  # drawing needs matplotlib; attending does not
+
+        print(text(self, sequence))
+        return figure(self, sequence, words)
 
 
 def check_padding_mask(padding_mask: Tensor, key_len: int, batch_size: int | None = None) -> None:
@@ -99,4 +155,24 @@ def check_padding_mask(padding_mask: Tensor, key_len: int, batch_size: int | Non
         raise ValueError(
             f"padding_mask must have shape {expected}, one value for each key position (with a KV cache, for the "
             f"cached tokens too), got {tuple(padding_mask.shape)}."
+        )
+
+
+def check_documents(documents: Tensor, query_len: int, key_len: int, batch_size: int | None = None) -> None:
+    """Raise unless `documents` is (B, key_len) integers that never fall along a row, with a position for every query."""
+    if documents.is_floating_point() or documents.dtype == torch.bool:
+        raise TypeError(f"documents must be integers, the number of each token's document, got {documents.dtype}.")
+    if documents.ndim != 2 or documents.shape[1] != key_len or batch_size not in (None, documents.shape[0]):
+        expected = f"({batch_size or 'B'}, {key_len})"
+        raise ValueError(
+            f"documents must have shape {expected}, one number for each key position, got {tuple(documents.shape)}."
+        )
+    if query_len > key_len:
+        raise ValueError(
+            f"{query_len} queries and {key_len} keys: with documents every query must stand at the position of a key."
+        )
+    # A look at the values would make a GPU wait for all work so far.
+    if documents.device.type == "cpu" and bool((documents.diff(dim=1) < 0).any()):
+        raise ValueError(
+            "documents must not fall along a row: packed texts stand one after the other, numbered 0, 0, 1, 1, 1, 2, ..."
         )

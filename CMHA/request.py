@@ -40,10 +40,12 @@ class AttentionRequest:
         head_dim: width of one head.
         query_len, key_len: in tokens.
         num_heads, num_kv_heads: equal, or grouped (num_heads a multiple of num_kv_heads).
-        mask_kind: `AttentionMask.kind`: "causal", "causal+padding", "full" or "full+padding".
+        mask_kind: `AttentionMask.kind`: "causal" or "full", with "+padding", "+documents", "+window" in this order.
         dropout: probability applied to the weights in this call (0.0 in eval).
         needs_grad: a backward pass will follow.
         needs_weights: the caller wants the attention weights back.
+        paged: keys and values lie in the pages of a paged cache.
+        capability: a CUDA device's compute capability, (9, 0) for an H100; None elsewhere, or where it is not known.
         mps_guard: refuse what gave NaN on Apple's MPS; `choose` sets it from `disable_mps_fix`.
     """
 
@@ -58,20 +60,35 @@ class AttentionRequest:
     dropout: float = 0.0
     needs_grad: bool = False
     needs_weights: bool = False
+    paged: bool = False
+    capability: tuple[int, int] | None = None
     mps_guard: bool = True
 
     @classmethod
     def describe(cls, queries: Tensor, keys: Tensor, mask, **wishes) -> "AttentionRequest":
-        """The request that these tensors make. `wishes`: dropout, needs_weights."""
-        return cls(
-            device=queries.device.type,
-            dtype=queries.dtype,
-            head_dim=queries.shape[-1],
-            query_len=queries.shape[-2],
-            key_len=keys.shape[-2],
-            num_heads=queries.shape[1],
-            num_kv_heads=keys.shape[1],
-            mask_kind=mask.kind,
-            needs_grad=torch.is_grad_enabled() and queries.requires_grad,
-            **wishes,
-        )
+        """The request that these tensors make. `wishes`: dropout, needs_weights, ...; they go before what is seen."""
+        seen = {
+            "device": queries.device.type,
+            "dtype": queries.dtype,
+            "head_dim": queries.shape[-1],
+            "query_len": queries.shape[-2],
+            "key_len": keys.shape[-2],
+            "num_heads": queries.shape[1],
+            "num_kv_heads": keys.shape[1],
+            "mask_kind": mask.kind,
+            "needs_grad": torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad),
+            "capability": capability_of(queries.device),
+        }
+        return cls(**seen | wishes)
+
+
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """A CUDA device's compute capability, (major, minor); None for any other device, and for AMD's."""
+    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
+# Reasons about this machine, which an installation could take away; the others are about the call. The compatibility
+# table is made from the second kind alone, so that it is the same table on every machine.
+MACHINE_CODES = frozenset({"not_installed", "import_failed", "no_compiler", "no_device"})

@@ -76,13 +76,13 @@ class TiledAttention(torch.autograd.Function):
         context = torch.zeros_like(queries)
         log_sum_exp = queries.new_empty(queries.shape[:-1], dtype=precision)
 
-        for rows in spans(queries.shape[-2], blocks[0]):
+        for rows in spans(0, queries.shape[-2], blocks[0]):
             q = queries[..., rows, :].to(precision)
             running_max = q.new_full((*q.shape[:-1], 1), -math.inf)
             running_sum = torch.zeros_like(running_max)
             accumulated = torch.zeros_like(q)
 
-            for columns in spans(mask.visible_keys(rows.stop), blocks[1]):
+            for columns in spans(*mask.visible_keys(rows.start, rows.stop), blocks[1]):
                 k, v = keys[..., columns, :].to(precision), values[..., columns, :].to(precision)
                 scores = masked_scores(q, k, mask, rows, columns, scale)
 
@@ -116,13 +116,13 @@ class TiledAttention(torch.autograd.Function):
         grad_keys = torch.zeros_like(keys, dtype=precision)
         grad_values = torch.zeros_like(values, dtype=precision)
 
-        for rows in spans(queries.shape[-2], blocks[0]):
+        for rows in spans(0, queries.shape[-2], blocks[0]):
             q, grad_o = queries[..., rows, :].to(precision), grad_context[..., rows, :].to(precision)
             # delta: what softmax's gradient subtracts from each row, sum_j weight_j * grad_weight_j = O . grad O.
             # A matrix product, as grad_o @ v.mT is below: rounded alike, the two cancel where there is one key.
             delta = (grad_o.unsqueeze(-2) @ context[..., rows, :].to(precision).unsqueeze(-1)).squeeze(-1)
 
-            for columns in spans(mask.visible_keys(rows.stop), blocks[1]):
+            for columns in spans(*mask.visible_keys(rows.start, rows.stop), blocks[1]):
                 k, v = keys[..., columns, :].to(precision), values[..., columns, :].to(precision)
                 scores = masked_scores(q, k, mask, rows, columns, scale)
                 weights = torch.exp(scores - log_sum_exp[..., rows, None])  # the tile's softmax, recomputed
@@ -140,9 +140,9 @@ class TiledAttention(torch.autograd.Function):
         return *grads, None, None, None, None, None
 
 
-def spans(length: int, block: int) -> list[slice]:
-    """0..length cut into slices of at most `block`."""
-    return [slice(start, min(start + block, length)) for start in range(0, length, block)]
+def spans(start: int, end: int, block: int) -> list[slice]:
+    """start..end cut into slices of at most `block`."""
+    return [slice(at, min(at + block, end)) for at in range(start, end, block)]
 
 
 def masked_scores(q, k, mask, rows: slice, columns: slice, scale: float) -> Tensor:
