@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 
@@ -46,8 +46,8 @@ class AttentionMask:
         key_len: int,
         *,
         causal: bool = True,
-        padding_mask: Bool[Tensor, "batch key_len"] | None = None,
-        documents: Int[Tensor, "batch key_len"] | None = None,
+        padding_mask: Tensor | None = None,
+        documents: Tensor | None = None,
         window: int | None = None,
         batch_size: int | None = None,
         device=None,
@@ -70,9 +70,10 @@ class AttentionMask:
 
     @property
     def kind(self) -> str:
-        """ "causal" or "full", with "+padding", "+documents", "+window" where they are: what the choosing asks about."""
+        """ "causal" or "full", with "+padding", "+documents", "+window" where there are any: what choosing looks at."""
         rules = {"padding": self.padding_mask, "documents": self.documents, "window": self.window}
-        return "+".join(["causal" if self.causal else "full", *(name for name, rule in rules.items() if rule is not None)])
+        given = [name for name, rule in rules.items() if rule is not None]
+        return "+".join(["causal" if self.causal else "full", *given])
 
     @property
     def is_plain_causal(self) -> bool:
@@ -131,12 +132,31 @@ class AttentionMask:
         """(first, end): keys outside are seen by none of these queries, so a loop over tiles may leave them out."""
         first, last = query_start + self.offset, query_end - 1 + self.offset
         start = 0 if self.window is None else max(0, first - self.window + 1)
-        reach = 0 if self.causal else self.key_len if self.window is None else self.window - 1
-        end = max(0, min(self.key_len, last + 1 + reach))
+        end = self.key_len
+        if self.causal:
+            end = last + 1
+        elif self.window is not None:
+            end = last + self.window
+        end = max(0, min(self.key_len, end))
         return min(start, end), end
 
+    def rules(self) -> dict[str, "AttentionMask"]:
+        """Each rule that is on, as a mask by itself: a key is seen where all of them show it."""
+        alone = {
+            "padding": {"padding_mask": self.padding_mask},
+            "causal": {"causal": True} if self.causal else {},
+            "documents": {"documents": self.documents},
+            "window": {"window": self.window},
+        }
+        given = {name: rule for name, rule in alone.items() if any(value is not None for value in rule.values())}
+        lengths = (self.query_len, self.key_len)
+        return {
+            name: AttentionMask(*lengths, **{"causal": False, "device": self.device} | rule)
+            for name, rule in given.items()
+        }
+
     def show(self, sequence: int = 0, words=None):
-        """Print the table of one sequence of the batch and return a matplotlib figure of it: see `CMHA/mask_pictures.py`."""
+        """Print one sequence's table and return a matplotlib figure of it: see `CMHA/mask_pictures.py`."""
         from CMHA.mask_pictures import figure, text  # drawing needs matplotlib; attending does not
 
         print(text(self, sequence))
@@ -159,7 +179,7 @@ def check_padding_mask(padding_mask: Tensor, key_len: int, batch_size: int | Non
 
 
 def check_documents(documents: Tensor, query_len: int, key_len: int, batch_size: int | None = None) -> None:
-    """Raise unless `documents` is (B, key_len) integers that never fall along a row, with a position for every query."""
+    """Raise unless `documents` is (B, key_len) integers that never fall along a row, with one for every query."""
     if documents.is_floating_point() or documents.dtype == torch.bool:
         raise TypeError(f"documents must be integers, the number of each token's document, got {documents.dtype}.")
     if documents.ndim != 2 or documents.shape[1] != key_len or batch_size not in (None, documents.shape[0]):
@@ -174,5 +194,5 @@ def check_documents(documents: Tensor, query_len: int, key_len: int, batch_size:
     # A look at the values would make a GPU wait for all work so far.
     if documents.device.type == "cpu" and bool((documents.diff(dim=1) < 0).any()):
         raise ValueError(
-            "documents must not fall along a row: packed texts stand one after the other, numbered 0, 0, 1, 1, 1, 2, ..."
+            "documents must not fall along a row: packed texts stand one after the other, numbered 0, 0, 1, 1, 1, 2."
         )

@@ -11,9 +11,12 @@ lengths = st.integers(1, 12)
 
 
 def allowed_by_the_rule(mask: AttentionMask, sequence: int, query: int, key: int) -> bool:
-    """The rule itself, one pair at a time."""
+    """The rules themselves, one pair at a time."""
+    position = query + mask.key_len - mask.query_len
     real = mask.padding_mask is None or bool(mask.padding_mask[sequence, key])
-    return real and (not mask.causal or key <= query + mask.key_len - mask.query_len)
+    near = mask.window is None or abs(position - key) < mask.window
+    same = mask.documents is None or bool(mask.documents[sequence, key] == mask.documents[sequence, position])
+    return real and near and same and (not mask.causal or key <= position)
 
 
 @st.composite
@@ -23,13 +26,20 @@ def masks(draw):
         st.none() | st.lists(st.lists(st.booleans(), min_size=key_len, max_size=key_len), min_size=1, max_size=3)
     )
     padding_mask = None if rows is None else torch.tensor(rows)
-    return AttentionMask(query_len, key_len, causal=draw(st.booleans()), padding_mask=padding_mask)
+    documents = None
+    if query_len <= key_len and draw(st.booleans()):
+        sequences = draw(st.integers(1, 3)) if rows is None else len(rows)
+        steps = st.lists(st.integers(0, 1), min_size=key_len, max_size=key_len)
+        documents = torch.tensor([draw(steps) for _ in range(sequences)]).cumsum(1)
+    window = draw(st.none() | st.integers(1, 13))
+    rules = {"padding_mask": padding_mask, "documents": documents, "window": window}
+    return AttentionMask(query_len, key_len, causal=draw(st.booleans()), **rules)
 
 
 @given(masks())
 def test_the_table_is_the_rule_for_every_pair_of_query_and_key(mask):
     table = mask.dense()
-    sequences = 1 if mask.padding_mask is None else len(mask.padding_mask)
+    sequences = max([1, *(len(given) for given in (mask.padding_mask, mask.documents) if given is not None)])
     assert table.shape == (sequences, 1, mask.query_len, mask.key_len)
     assert table.dtype == torch.bool
     for b in range(sequences):
@@ -50,12 +60,17 @@ def test_a_tile_is_a_piece_of_the_table_and_none_only_where_it_hides_nothing(mas
 
 
 @given(masks(), st.data())
-def test_keys_behind_the_visible_ones_are_seen_by_no_query_so_far(mask, data):
-    query_end = data.draw(st.integers(1, mask.query_len))
-    visible = mask.visible_keys(query_end)
-    causal_part = AttentionMask(mask.query_len, mask.key_len, causal=mask.causal).dense()[0, 0, :query_end]
-    assert not causal_part[:, visible:].any()
-    assert visible == 0 or causal_part[:, visible - 1].any()
+def test_keys_outside_the_visible_ones_are_seen_by_none_of_the_queries_and_those_at_its_ends_by_some(mask, data):
+    """As far as position alone decides: padding and documents are left to the tile."""
+    query_start = data.draw(st.integers(0, mask.query_len - 1))
+    query_end = data.draw(st.integers(query_start + 1, mask.query_len))
+    start, end = mask.visible_keys(query_start, query_end)
+    by_position = AttentionMask(mask.query_len, mask.key_len, causal=mask.causal, window=mask.window).dense()
+    seen = by_position[0, 0, query_start:query_end].any(0)
+    assert 0 <= start <= end <= mask.key_len
+    assert not seen[:start].any()
+    assert not seen[end:].any()
+    assert start == end or (seen[start] and seen[end - 1])
 
 
 @given(lengths)
@@ -75,13 +90,77 @@ def test_what_is_called_plain_or_hides_nothing_has_the_table_that_the_fused_ops_
         assert torch.equal(table[0], torch.ones(mask.query_len, mask.key_len).tril() == 1)
     if mask.hides_nothing:
         assert table.all()
-    assert ("padding" in mask.kind) == (mask.padding_mask is not None)
+    for rule, given_rule in (("padding", mask.padding_mask), ("documents", mask.documents), ("window", mask.window)):
+        assert (rule in mask.kind) == (given_rule is not None)
     assert mask.kind.startswith("causal" if mask.causal else "full")
 
 
-def test_the_table_is_made_once_and_shared():
-    mask = AttentionMask(4, 4)
+@given(masks())
+def test_a_key_is_seen_where_each_rule_by_itself_shows_it(mask):
+    together = torch.ones(1, 1, mask.query_len, mask.key_len, dtype=torch.bool)
+    for rule in mask.rules().values():
+        together = together & rule.dense()
+    assert torch.equal(together.expand_as(mask.dense()), mask.dense())
+
+
+def test_the_rules_are_named_in_the_kind_in_one_order():
+    padding, documents = torch.ones(1, 5, dtype=torch.bool), torch.zeros(1, 5, dtype=torch.int64)
+    mask = AttentionMask(5, 5, window=2, documents=documents, padding_mask=padding)
+    assert mask.kind == "causal+padding+documents+window"
+    assert list(mask.rules()) == ["padding", "causal", "documents", "window"]
+    assert AttentionMask(5, 5, causal=False).rules() == {}
+
+
+def test_packed_documents_see_themselves_only_as_if_each_stood_alone():
+    mask = AttentionMask(5, 5, documents=torch.tensor([[0, 0, 1, 1, 1]]))
+    expected = torch.block_diag(torch.ones(2, 2).tril(), torch.ones(3, 3).tril())
+    assert torch.equal(mask.dense()[0, 0], expected == 1)
+
+
+def test_a_causal_window_is_a_band_below_the_diagonal_and_a_full_one_on_both_sides():
+    ones = torch.ones(6, 6)
+    assert torch.equal(AttentionMask(6, 6, window=3).dense()[0, 0], (ones.tril() * ones.triu(-2)) == 1)
+    assert torch.equal(AttentionMask(6, 6, causal=False, window=3).dense()[0, 0], (ones.tril(2) * ones.triu(-2)) == 1)
+    assert AttentionMask(1, 6, window=3).dense()[0, 0].tolist() == [[False, False, False, True, True, True]]
+
+
+@pytest.mark.parametrize("window", [6, 7, 100])
+def test_a_window_as_wide_as_the_sequence_is_none_at_all(window):
+    assert AttentionMask(6, 6, window=window).is_plain_causal
+
+
+def test_the_table_is_made_once_and_shared_and_so_is_what_is_made_from_it():
+    mask, made = AttentionMask(4, 4), []
     assert mask.dense() is mask.dense()
+    for _ in range(3):
+        assert mask.once("squares", lambda: made.append(1) or 16) == 16
+    assert made == [1]
+    assert AttentionMask(4, 4).once("squares", lambda: 17) == 17  # another mask has its own
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"documents": torch.zeros(1, 4)}, r"documents must be integers.*got torch\.float32"),
+        ({"documents": torch.zeros(1, 4, dtype=torch.bool)}, r"documents must be integers"),
+        ({"documents": torch.zeros(1, 3, dtype=torch.int64)}, r"shape \(B, 4\).*got \(1, 3\)"),
+        ({"documents": torch.zeros(4, dtype=torch.int64)}, r"shape \(B, 4\)"),
+        ({"documents": torch.zeros(2, 4, dtype=torch.int64), "batch_size": 3}, r"shape \(3, 4\)"),
+        ({"documents": torch.tensor([[0, 1, 0, 1]])}, r"must not fall along a row.*0, 0, 1, 1"),
+        ({"documents": torch.zeros(1, 4, dtype=torch.int64), "query_len": 5}, r"5 queries and 4 keys"),
+        ({"window": 0}, r"window must be 1.*got 0"),
+        (
+            {
+                "documents": torch.zeros(2, 4, dtype=torch.int64),
+                "padding_mask": torch.ones(3, 4, dtype=torch.bool),
+            },
+            r"shape \(3, 4\)",
+        ),
+    ],
+)
+def test_documents_and_windows_that_make_no_sense_are_refused_with_what_was_expected(arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        AttentionMask(**{"query_len": 4, "key_len": 4} | arguments)
 
 
 def test_a_padding_mask_of_numbers_is_refused_with_the_remedy():
