@@ -15,7 +15,7 @@ from torch import Tensor, cat, nn
 from CMHA.choosing import AttentionChoice, AttentionSettings, choose
 from CMHA.kv_cache import LayerCache
 from CMHA.masks import AttentionMask
-from CMHA.request import AttentionRequest
+from CMHA.request import AttentionRequest, capability_of
 
 
 class MultiHeadAttention(nn.Module):
@@ -134,7 +134,7 @@ class MultiHeadAttention(nn.Module):
         return AttentionRequest(
             device=weight.device.type, dtype=weight.dtype, head_dim=self.head_dim, query_len=tokens, key_len=tokens,
             num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, dropout=self.dropout if self.training else 0.0,
-            needs_grad=self.training,
+            needs_grad=self.training, capability=capability_of(weight.device),
         )  # fmt: skip
 
 

@@ -16,9 +16,8 @@ from CMHA.request import AttentionRequest, Reason
 
 logger = logging.getLogger("CMHA")
 
-# What `auto` tries, in order. flash_tiled is for reading: it is used when named.
-AUTO_ORDER = ("sdpa", "eager")
-# What follows a name that cannot be used: whatever stands behind it here, or else the last two.
+# What follows a name that cannot be used: whatever stands behind it here, or else the last two. It is also what `auto`
+# tries on CUDA, and its last two what it tries elsewhere: flex_attention and our own tiles are used when named.
 FALLBACK_ORDER = ("flash_attention_3", "flash_attention_2", "sdpa", "eager")
 
 
@@ -94,15 +93,20 @@ def choose(settings: AttentionSettings, request: AttentionRequest) -> AttentionC
     Raises:
         ValueError: `attn_strict` and the named one cannot serve; the message holds every reason.
     """
+    choice = decide(settings, request)
+    warn_of_fallback(choice)
+    return choice
+
+
+def decide(settings: AttentionSettings, request: AttentionRequest) -> AttentionChoice:
+    """As `choose`, and says nothing: for reports about a request that nobody makes."""
     requested = settings.requested
     request = replace(request, mps_guard=not settings.disable_mps_fix)
     rejected = []
-    for name in candidates(requested):
+    for name in candidates(requested, request.device):
         reasons = reasons_against(name, request)
         if not reasons:
-            choice = AttentionChoice(requested, name, tuple(rejected), bind(name, settings))
-            warn_of_fallback(choice)
-            return choice
+            return AttentionChoice(requested, name, tuple(rejected), bind(name, settings))
         rejected.append((name, tuple(reasons)))
         if settings.attn_strict and requested != AUTO:
             break
@@ -111,10 +115,10 @@ def choose(settings: AttentionSettings, request: AttentionRequest) -> AttentionC
     raise ValueError(f"{requested} cannot serve this request, {how}:\n" + "\n".join(lines))
 
 
-def candidates(requested: str) -> tuple[str, ...]:
+def candidates(requested: str, device: str) -> tuple[str, ...]:
     """The names to ask, in order."""
     if requested == AUTO:
-        return AUTO_ORDER
+        return FALLBACK_ORDER if device == "cuda" else FALLBACK_ORDER[-2:]
     behind = FALLBACK_ORDER.index(requested) + 1 if requested in FALLBACK_ORDER else FALLBACK_ORDER.index("sdpa")
     return requested, *FALLBACK_ORDER[behind:]
 

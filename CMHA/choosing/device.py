@@ -4,6 +4,8 @@ import importlib.util
 
 import torch
 
+TORCH_DEVICES = {"gpu": "cuda", "mps": "mps", "tpu": "xla", "cpu": "cpu"}  # our word -> torch's
+
 
 def detect_device_type() -> str:
     """The best device here: "gpu" (CUDA or ROCm), "mps" (Apple), "tpu" (torch_xla is installed) or "cpu"."""

@@ -2,27 +2,45 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from CMHA.implementations import IMPLEMENTATIONS
 from CMHA.request import Reason
 
 AUTO = "auto"
 
-# Names the field uses for which this version has no file in implementations/: each says no to every request,
-# with a reason, so that a setting copied from elsewhere still runs. A file in the registry takes the name over.
+
+class NotBuilt(NamedTuple):
+    """A known name without a file: its aliases, what it will be, why it cannot be used, and what to do."""
+
+    aliases: tuple[str, ...]
+    summary: str
+    message: str
+    remedy: str
+
+
+# Names for which this version has no file in implementations/: each says no to every request, with a reason, so that
+# a setting copied from elsewhere still runs. A file in the registry takes the name over.
 NOT_BUILT = {
-    "flash_attention_3": ("flash_attn_3", "fa3"),
-    "flash_attention_2": ("flash_attn_2", "fa2"),
-    "flash_triton": (),
-    "flex_attention": ("flex",),
-    "paged_attention": ("paged",),
+    "flash_triton": NotBuilt(
+        (),
+        "flash attention as our own GPU kernels",
+        "our own GPU kernels are not written yet",
+        "use flash_tiled for the same algorithm in PyTorch, or sdpa for speed",
+    ),
+    "paged_attention": NotBuilt(
+        ("paged",),
+        "attention over the pages of a paged cache, for generation",
+        "the paged cache that it reads is not written yet, and it will serve generation only",
+        "use sdpa, with the ordinary KV cache",
+    ),
 }
 
 
 def known_names() -> dict[str, tuple[str, ...]]:
     """Every canonical name with its aliases, `auto` first."""
     built = {name: tuple(module.ALIASES) for name, module in IMPLEMENTATIONS.items()}
-    return {AUTO: (), **built, **{name: aliases for name, aliases in NOT_BUILT.items() if name not in built}}
+    return {AUTO: (), **built, **{name: later.aliases for name, later in NOT_BUILT.items() if name not in built}}
 
 
 def canonical_name(name: object) -> str:
@@ -50,14 +68,21 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
 def markdown_table() -> str:
     """The table of implementations that stands in the README."""
     lines = ["| name | what it is |", "| --- | --- |"]
-    lines.append("| `auto` | the best that passes its own checks here (CPU and CUDA: sdpa; Apple's MPS: eager) |")
-    for name, module in IMPLEMENTATIONS.items():
-        aliases = f" ({', '.join(f'`{alias}`' for alias in module.ALIASES)})" if module.ALIASES else ""
-        lines.append(f"| `{name}`{aliases} | {module.SUMMARY} |")
+    lines.append(
+        "| `auto` | the best that passes its own checks here: sdpa, or flash-attn where it is installed; eager on "
+        "Apple's MPS |"
+    )
+    for name, aliases in list(known_names().items())[1:]:
+        called = f" ({', '.join(f'`{alias}`' for alias in aliases)})" if aliases else ""
+        lines.append(f"| `{name}`{called} | {summary(name)} |")
     return "\n".join(lines)
+
+
+def summary(name: str) -> str:
+    """What the implementation is, in a few words."""
+    return IMPLEMENTATIONS[name].SUMMARY if name in IMPLEMENTATIONS else f"{NOT_BUILT[name].summary} (not built yet)"
 
 
 def not_built(name: str) -> list[Reason]:
     """The one reason of a name that has no file here."""
-    message = f"this version of the project has no {name} yet"
-    return [Reason("not_built", message, "use sdpa, whose own CUDA kernel is FlashAttention-2")]
+    return [Reason("not_built", NOT_BUILT[name].message, NOT_BUILT[name].remedy)]

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import torch
 
-from CMHA.choosing.choose import AttentionSettings, choose
-from CMHA.choosing.names import known_names
-from CMHA.implementations import IMPLEMENTATIONS, sdpa
+from CMHA.choosing.choose import AttentionSettings, decide, reasons_against
+from CMHA.choosing.names import AUTO, known_names
+from CMHA.implementations import sdpa
+from CMHA.packages import PACKAGES, find
 from CMHA.request import AttentionRequest
 
 # torch names its kernels by number; from ATen's SDPBackend enum.
@@ -28,18 +29,25 @@ def attention_report(settings: AttentionSettings | None = None, request: Attenti
     """
     settings, request = settings or AttentionSettings(), request or AttentionRequest()
     request = replace(request, mps_guard=not settings.disable_mps_fix)  # as `choose` asks
-    choice = choose(settings, request)
+    choice = decide(settings, request)
     return {
         "requested": choice.requested,
         "chosen": choice.chosen,
         "reason": choice.explain(),
         "rejected": {name: [reason.code for reason in reasons] for name, reasons in choice.rejected},
         "torch_sdpa_kernel": torch_kernel(request) if choice.chosen == "sdpa" else None,
-        "usable": {name: [reason.code for reason in module.check(request)] for name, module in IMPLEMENTATIONS.items()},
+        "usable": {
+            name: [reason.code for reason in reasons_against(name, request)] for name in known_names() if name != AUTO
+        },
         "known_names": {name: list(aliases) for name, aliases in known_names().items()},
         "device": request.device,
         "dtype": str(request.dtype).removeprefix("torch."),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            **{name: find(name).version for name in PACKAGES},
+        },
     }
 
 

@@ -10,7 +10,8 @@ from CMHA.choosing import AttentionSettings, announce, attention_report, choose
 from CMHA.cmha import MultiHeadAttention
 from CMHA.implementations import IMPLEMENTATIONS, eager
 from CMHA.request import AttentionRequest, Reason
-from orchestrator.evaluation.parity import Case, compare_implementations
+from orchestrator.evaluation.cases import Case
+from orchestrator.evaluation.parity import compare_implementations
 
 
 def warnings_in(messages) -> list[str]:
@@ -199,10 +200,10 @@ def test_a_new_implementation_is_one_file_and_one_line(monkeypatch):
         assert layer.choice().chosen == "mine"
         layer(torch.randn(1, 3, 8))
     assert calls == [0.5, 0.5]
-    runs = {run.implementation: run for run in compare_implementations([Case(query_len=9, key_len=9)])}
+    runs = {run.implementation: run for run in compare_implementations([Case(query_len=9, key_len=9)], ["eager", "mine"])}
     assert runs["mine"].passed
 
     wrong = types.SimpleNamespace(**vars(mine) | {"attention": lambda *a, **k: attention(*a, **k | {"scale": 1.0})})
     monkeypatch.setitem(IMPLEMENTATIONS, "mine", wrong)
-    runs = {run.implementation: run for run in compare_implementations([Case(query_len=9, key_len=9)])}
+    runs = {run.implementation: run for run in compare_implementations([Case(query_len=9, key_len=9)], ["eager", "mine"])}
     assert not runs["mine"].passed
