@@ -4,10 +4,14 @@ Why not a TorchDispatchMode: it sees the tensors that operators return, and a ke
 that torch's "math" attention makes inside one call for example, never passes through it. The allocator sees all.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch.profiler import ProfilerActivity, profile
+
+# Else torch 2.13's profiler writes a line to the screen at each start and stop. It is read when the first one starts.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
 @dataclass(frozen=True)
