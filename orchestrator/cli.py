@@ -1,11 +1,16 @@
-"""The command line: `python orchestrator/orchestration.py`, `python -m orchestrator`, and `--help`."""
+"""The command line: `python orchestrator/orchestration.py`, `python -m orchestrator [COMMAND]`, and `--help`.
+
+Without a command it is the main job; the commands are files in `orchestrator/commands/`.
+"""
 
 import argparse
 import sys
 from datetime import datetime
 from pathlib import Path
 
+from CMHA.choosing import canonical_name
 from GPT2Model.config import PRESET_ALIASES, PRESETS, complete, from_preset, markdown_table
+from orchestrator.commands import COMMANDS
 from orchestrator.evaluation.machine import check_device
 from orchestrator.orchestration import cfg, run_smoke_tests
 from orchestrator.report import Run
@@ -44,8 +49,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto: the best here (default)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and sampling (default: 0)")
     parser.add_argument(
-        "--attn_implementation", default="auto", metavar="NAME", help="auto, eager, sdpa, flash_tiled, or an alias"
+        "--attn_implementation",
+        default=None,
+        metavar="NAME",
+        help="how attention is computed: auto (default), eager, sdpa, flash_tiled, flash_attention_2, "
+        "flash_attention_3, flex_attention, or an alias; `doctor` says which can be used here",
     )
+    parser.add_argument("--use_flash_attention", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
         "--attn_strict", action="store_true", help="fail, instead of falling back, when NAME cannot serve"
     )
@@ -53,6 +63,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", default=None, metavar="DIR", help="folder for report.json, figures and model (default: runs/DATE_TIME)"
     )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands, instead of the main job")
+    for name, command in COMMANDS.items():
+        subparser = commands.add_parser(
+            name,
+            help=command.HELP,
+            description=command.__doc__,
+            epilog=EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_arguments(subparser)
     return parser
 
 
@@ -63,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     args = make_parser().parse_args(argv)
     try:
-        return run_main_job(args)
+        return COMMANDS[args.command].run(args) if args.command else run_main_job(args)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
@@ -80,7 +100,7 @@ def run_main_job(args: argparse.Namespace) -> int:
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}.")
     device = check_device(args.device)
-    attention = {"attn_implementation": args.attn_implementation, "attn_strict": args.attn_strict}
+    attention = {"attn_implementation": requested_attention(args), "attn_strict": args.attn_strict}
     assembled = {**cfg, **attention} if args.preset is None else from_preset(args.preset, **attention)
     text = args.text or (args.dataset if args.dataset not in (None, "tales") else "python-docs")
     corpus = args.text or args.dataset or "tales"
@@ -105,6 +125,27 @@ def run_main_job(args: argparse.Namespace) -> int:
         raise
     run.close(arguments=vars(args), device=device)
     return 0 if run.passed else 1
+
+
+def requested_attention(args: argparse.Namespace) -> str:
+    """What --attn_implementation asks for, or the flag that it replaced.
+
+    Raises:
+        ValueError: both are given, and mean different things.
+    """
+    new = args.attn_implementation
+    if not args.use_flash_attention:
+        return new or "auto"
+    if new is not None and canonical_name(new) != "flash_attention_2":
+        raise ValueError(
+            f"--use_flash_attention means --attn_implementation flash_attention_2, and --attn_implementation {new} is "
+            "given too: leave out the first."
+        )
+    print(
+        "warning: --use_flash_attention is deprecated and means --attn_implementation flash_attention_2: write that.",
+        file=sys.stderr,
+    )
+    return "flash_attention_2"
 
 
 def look_first(cfg: dict, text: str, corpus: str | None, preset: str) -> None:

@@ -92,15 +92,15 @@ class Run:
             "steps": self.steps,
         }
         beside = self.folder / ".report.json.partial"
-        beside.write_text(json.dumps(_plain(report), indent=2) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(plain(report), indent=2) + "\n", encoding="utf-8")
         os.replace(beside, self.folder / "report.json")
         print(f"report: {self.folder / 'report.json'}")
 
 
-def _plain(value):
+def plain(value):
     """The same without what JSON lacks: NaN and infinities become strings."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

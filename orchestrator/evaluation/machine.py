@@ -5,7 +5,7 @@ import platform
 
 import torch
 
-from CMHA.choosing import detect_device_type
+from CMHA.choosing import attention_report, detect_device_type
 
 
 def describe_machine(device: str = "cpu") -> list[str]:
@@ -15,6 +15,29 @@ def describe_machine(device: str = "cpu") -> list[str]:
         f"torch {torch.__version__} with {torch.get_num_threads()} threads",
         f"best device here: {detect_device_type()}; this run uses: {device}",
     ]
+
+
+def machine_facts(device: str = "cpu") -> dict:
+    """What a result must be read with: the device, threads and versions. JSON-ready."""
+    kind = torch.device(device).type
+    name = torch.cuda.get_device_name(device) if kind == "cuda" else f"{kind}, {platform.machine()}"
+    return {
+        "device": name,
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.release()}",
+        "versions": attention_report()["versions"],
+    }
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def describe_attention(model) -> list[str]:

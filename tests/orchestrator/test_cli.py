@@ -220,3 +220,59 @@ def test_a_nan_in_any_gradient_is_the_largest_difference():
     other = Outcome(torch.zeros(1, 1, 2), 0.0, {"a": torch.ones(2), "b": torch.tensor([1.0, float("nan")])}, 0.0)
     for pair in ((one, other), (other, one)):
         assert math.isnan(largest_differences(*pair)["gradients"])
+
+
+# --- the flag that was replaced ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asked"),
+    [
+        ([], "auto"),
+        (["--attn_implementation", "flex"], "flex"),
+        (["--use_flash_attention"], "flash_attention_2"),
+        (["--use_flash_attention", "--attn_implementation", "fa2"], "flash_attention_2"),
+    ],
+)
+def test_the_old_flag_means_flash_attention_2_and_warns(arguments, asked, monkeypatch, tmp_path, capsys):
+    import orchestrator.cli as cli
+
+    seen = {}
+    monkeypatch.setattr(cli, "run_smoke_tests", lambda cfg, **given: seen.update(cfg))
+    main([*SMALL, *arguments, "--out", str(tmp_path)])
+    assert seen["attn_implementation"] == asked
+    said = capsys.readouterr().err
+    assert ("--use_flash_attention is deprecated" in said) == ("--use_flash_attention" in arguments)
+    if "--use_flash_attention" in arguments:
+        assert "--attn_implementation flash_attention_2" in said
+
+
+def test_the_old_flag_beside_another_name_is_refused(tmp_path, capsys):
+    arguments = ["--use_flash_attention", "--attn_implementation", "sdpa", "--out", str(tmp_path / "run")]
+    assert main([*SMALL, *arguments]) == 2
+    assert "leave out the first" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_old_flag_is_not_offered_any_more_and_every_command_is(capsys):
+    from orchestrator.commands import COMMANDS
+
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--use_flash_attention" not in printed
+    for name, command in COMMANDS.items():
+        assert name in printed
+        with pytest.raises(SystemExit) as left:
+            main([name, "--help"])
+        assert left.value.code == 0
+        assert "Exit codes" in capsys.readouterr().out
+        assert command.HELP[:20] in printed
+
+
+def test_options_of_the_main_job_before_a_command_are_not_swallowed(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["parity", "--train"])
+    assert left.value.code == 2
+    assert "--train" in capsys.readouterr().err

@@ -11,7 +11,8 @@ from CMHA.implementations import flash_tiled
 from CMHA.implementations.flash_tiled import TiledAttention
 from CMHA.masks import AttentionMask
 from CMHA.request import AttentionRequest
-from orchestrator.evaluation.parity import Case, measure
+from orchestrator.evaluation.cases import Case
+from orchestrator.evaluation.parity import measure
 
 
 def grouped_tensors(query_len, key_len, kv_heads=1, group=1, batch=2, head_dim=3):

@@ -1,0 +1,12 @@
+"""The commands of `python -m orchestrator COMMAND`. Each file has HELP, `add_arguments(parser)` and `run(args)`.
+
+`run` returns the exit code; an error that it raises is one line for the user (see `orchestrator/cli.py`). To add a
+command, add its file and its line in `COMMANDS`.
+"""
+
+from orchestrator.commands import doctor, parity
+
+COMMANDS = {
+    "doctor": doctor,
+    "parity": parity,
+}

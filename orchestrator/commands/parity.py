@@ -1,0 +1,168 @@
+"""Do all implementations of attention compute the same? Each is held against float64, forward and backward.
+
+    python -m orchestrator parity                              every implementation that this machine can run
+    python -m orchestrator parity --implementation mine.py     one of your own
+    python -m orchestrator parity --full                       the whole grid of 38,016 cases: hours on a CPU
+
+An implementation passes if, in every case that its own check accepts, its output and gradients are about as near to
+float64 as the plain formula in the same dtype is (orchestrator/evaluation/parity.py has the bound). The table gives the
+largest error as a part of that bound: 1.00 is the bound itself. A file of your own needs one function:
+
+    def attention(queries, keys, values, mask, *, scale, dropout=0.0):
+        # queries (B, H, Tq, D); keys, values (B, kv_heads, Tk, D); mask.dense(): (B or 1, 1, Tq, Tk), True = may attend
+        return context, None  # context as the queries; a query that may see nothing gives exactly 0
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from CMHA.choosing import canonical_name
+from CMHA.implementations import IMPLEMENTATIONS
+from orchestrator.evaluation.grading import (
+    cases_to_grade,
+    common_to_failures,
+    failed,
+    grade,
+    load_implementation,
+    refused,
+    summarise,
+)
+from orchestrator.evaluation.machine import check_device, describe_machine, machine_facts
+from orchestrator.report import plain
+from orchestrator.views.attention_figures import parity_chart
+
+HELP = "do all implementations of attention agree? error over bound, against float64"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--full", action="store_true", help="the whole grid of 38,016 cases, not a pairwise choice of it"
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--implementation", metavar="FILE.py", help="grade a file of your own (it is executed)")
+    which.add_argument("--implementations", metavar="NAMES", help="only these, with commas: eager,sdpa")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto: the best here (default)")
+    parser.add_argument("--dtype", choices=DTYPES, default=None, help="only this one (default: all three)")
+    parser.add_argument(
+        "--part", default="1/1", metavar="K/N", help="only every N-th case, from the K-th: to share out --full"
+    )
+    parser.add_argument(
+        "--out", default=None, metavar="DIR", help="for JSON and figure (default: runs/DATE_TIME-parity)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    device = check_device(args.device)
+    implementations = chosen_implementations(args)
+    cases = part_of(cases_to_grade(full=args.full, device=device, dtype=DTYPES.get(args.dtype)), args.part)
+    folder = Path(args.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H%M%S-parity"))
+    folder.mkdir(parents=True, exist_ok=True)
+    for line in describe_machine(device):
+        print(line)
+    unusable = {} if args.implementation else refused(cases, implementations)
+    for name, why in unusable.items():
+        print(f"not measured: {name} ({'; '.join(why)})")
+    implementations = {name: module for name, module in implementations.items() if name not in unusable}
+    print(f"{len(cases):,} cases, {', '.join(implementations) or 'nothing'} against float64\n", flush=True)
+
+    measurements = []
+    with (
+        open(folder / "measurements.jsonl", "w", encoding="utf-8") as lines,
+        tqdm(total=len(cases), unit="case", file=sys.stderr, smoothing=0.02) as bar,
+    ):
+        for _, measured in grade(cases, implementations):
+            measurements += measured
+            lines.writelines(json.dumps(plain(run.as_dict())) + "\n" for run in measured)
+            lines.flush()
+            bar.set_postfix(failed=sum(map(failed, measurements)), refresh=False)
+            bar.update()
+
+    rows = summarise(measurements)
+    print(table(rows))
+    for name in implementations:
+        explain(name, [run for run in measurements if run.implementation == name])
+    passed = bool(measurements) and not any(map(failed, measurements))
+    report = {
+        "passed": passed,
+        "command": shlex.join(["python", "-m", "orchestrator", *sys.argv[1:]]),
+        "machine": machine_facts(device),
+        "cases": len(cases),
+        "summary": rows,
+        "not_measured": unusable,
+        "failures": [run.as_dict() for run in measurements if failed(run)][:1000],
+    }
+    write(folder / "parity.json", json.dumps(plain(report), indent=2) + "\n")
+    if rows:
+        title = f"Error / bound, {len(cases):,} cases, {machine_facts(device)['device']}"
+        parity_chart(rows, title=title).savefig(folder / "parity.png", dpi=130, bbox_inches="tight")
+    verdict = f"{sum(map(failed, measurements))} of {len(measurements):,} measurements failed"
+    print(f"\n{'PASS' if passed else 'FAIL'}: {verdict}")
+    print(f"written: {folder}/parity.json, parity.png, measurements.jsonl")
+    return 0 if passed else 1
+
+
+def chosen_implementations(args: argparse.Namespace) -> dict[str, object]:
+    """name -> module of what is to be graded."""
+    if args.implementation:
+        return {Path(args.implementation).stem: load_implementation(args.implementation)}
+    if not args.implementations:
+        return dict(IMPLEMENTATIONS)
+    names = [canonical_name(name.strip()) for name in args.implementations.split(",")]
+    missing = [name for name in names if name not in IMPLEMENTATIONS]
+    if missing:
+        raise ValueError(f"nothing to measure for {', '.join(missing)}: choose among {', '.join(IMPLEMENTATIONS)}.")
+    return {name: IMPLEMENTATIONS[name] for name in names}
+
+
+def part_of(cases: list, part: str) -> list:
+    """Every N-th block of four cases (they share their numbers) from the K-th, for "K/N"."""
+    try:
+        number, parts = (int(word) for word in part.split("/"))
+        if not 1 <= number <= parts:
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"--part must be K/N with 1 <= K <= N, such as 1/2, got {part!r}.") from None
+    return [case for i, case in enumerate(cases) if i // 4 % parts == number - 1]
+
+
+def table(rows: list[dict]) -> str:
+    """The summary as text: error over bound."""
+    lines = [f"{'implementation':20} {'dtype':9} {'cases':>7} {'forward':>8} {'gradients':>9}  verdict"]
+    for row in rows:
+        forward, gradients = ("-" if row[key] is None else f"{row[key]:.2f}" for key in ("forward", "gradients"))
+        verdict = f"FAIL ({row['failed']})" if row["failed"] else "PASS"
+        verdict += f" ({row['known']} known)" * bool(row["known"])
+        verdict += ", forward only" * (row["gradients"] is None)
+        lines.append(
+            f"{row['implementation']:20} {row['dtype']:9} {row['cases']:7,} {forward:>8} {gradients:>9}  {verdict}"
+        )
+    return "\n".join(lines)
+
+
+def explain(name: str, runs: list) -> None:
+    """A few lines about the failures of one implementation."""
+    bad = [run for run in runs if failed(run)]
+    if not bad:
+        return
+    print(f"\n{name}: {len(bad)} of {len(runs)} cases failed, the first:")
+    for run in bad[:3]:
+        worst = ", ".join(f"{key} {run.error[key]:.1e} (bound {run.bound[key]:.1e})" for key in run.missed)
+        print(f"  {run.case}: {run.failure or worst}")
+    if common := common_to_failures(runs):
+        print(f"  all of them, and not all cases, have: {', '.join(common)}")
+
+
+def write(path: Path, text: str) -> None:
+    """Beside its place first, then renamed: a file is whole or not there."""
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
