@@ -9,7 +9,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {"CMHA": 1, "TransformerBlock": 2, "GPT2Model": 3, "orchestrator": 4, "tests": 5}
 # Inside CMHA the arrows run one way too.
-CMHA_STOREYS = {"masks": 0, "request": 0, "dropout": 0, "kv_cache": 0, "implementations": 1, "choosing": 2, "cmha": 3}
+CMHA_STOREYS = {
+    **dict.fromkeys(("masks", "mask_pictures", "request", "packages", "dropout", "kv_cache"), 0),
+    **{"implementations": 1, "choosing": 2, "cmha": 3, "adaptive": 3},
+}
 READING_PATH = (
     "CMHA/cmha.py",
     "CMHA/implementations/eager.py",
@@ -96,7 +99,10 @@ def test_the_readmes_tables_are_the_ones_made_from_the_code():
 def test_what_the_readme_and_the_docs_point_at_exists():
     import re
 
-    for document in ("README.md", "CONTRIBUTING.md", "tests/README.md", "docs/decisions.md"):
+    documents = ["README.md", "CONTRIBUTING.md", "tests/README.md"]
+    documents += [f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")]
+    assert len(documents) >= 7
+    for document in documents:
         text = (ROOT / document).read_text(encoding="utf-8")
         for path in re.findall(r"`([\w./-]+\.(?:py|md|txt|ipynb|toml))`", text):
             found = (ROOT / path).exists() or (ROOT / "tests" / path).exists()
@@ -130,6 +136,35 @@ def test_the_python_that_the_readme_shows_runs(tmp_path):
         code = code.replace("runs/DATE_TIME/model", str(tmp_path / "tales"))
         exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "copy" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("page", ["ATTENTION_BACKENDS.md", "FLASH_ATTENTION_GUIDE.md", "TROUBLESHOOTING.md"])
+def test_the_python_that_the_pages_show_runs(page, tmp_path, monkeypatch):
+    import re
+
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), flags=re.S)
+    assert len(blocks) >= 2
+    for block in blocks:
+        exec(compile(block, page, "exec"), {})
+
+
+def test_the_compatibility_table_of_the_page_is_the_one_made_from_the_checks():
+    from CMHA.choosing import compatibility
+
+    table = compatibility.markdown_table()
+    assert table in (ROOT / "docs" / "ATTENTION_BACKENDS.md").read_text(encoding="utf-8")
+    assert len(table.splitlines()) == 2 + 8
+
+
+def test_every_command_stands_in_the_readme_and_says_what_it_does():
+    from orchestrator.commands import COMMANDS
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, command in COMMANDS.items():
+        assert f"`python -m orchestrator {name}" in text
+        assert command.HELP
+        assert len(command.__doc__.splitlines()) > 3
 
 
 def test_every_package_on_disk_is_listed_for_installation():

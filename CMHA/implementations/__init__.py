@@ -12,10 +12,14 @@ An implementation is one file here with `SUMMARY`, `ALIASES`, `check(request) ->
 `OPTIONS` names further keyword arguments that it takes. To add one, add its file and its line here: nothing else.
 """
 
-from CMHA.implementations import eager, flash_tiled, sdpa
+from importlib import import_module
 
-IMPLEMENTATIONS = {
-    "eager": eager,
-    "sdpa": sdpa,
-    "flash_tiled": flash_tiled,
-}
+NAMES = (
+    "eager",
+    "sdpa",
+    "flash_tiled",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flex_attention",
+)
+IMPLEMENTATIONS = {name: import_module(f"CMHA.implementations.{name}") for name in NAMES}
