@@ -59,6 +59,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--attn_strict", action="store_true", help="fail, instead of falling back, when NAME cannot serve"
     )
+    parser.add_argument(
+        "--disable_mps_fix", action="store_true", help="allow sdpa on Apple's MPS, where it gave NaN with left padding"
+    )
     parser.add_argument("--max_steps", type=int, default=None, help="training steps, instead of the recipe's")
     parser.add_argument(
         "--out", default=None, metavar="DIR", help="folder for report.json, figures and model (default: runs/DATE_TIME)"
@@ -100,7 +103,11 @@ def run_main_job(args: argparse.Namespace) -> int:
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}.")
     device = check_device(args.device)
-    attention = {"attn_implementation": requested_attention(args), "attn_strict": args.attn_strict}
+    attention = {
+        "attn_implementation": requested_attention(args),
+        "attn_strict": args.attn_strict,
+        "disable_mps_fix": args.disable_mps_fix,
+    }
     assembled = {**cfg, **attention} if args.preset is None else from_preset(args.preset, **attention)
     text = args.text or (args.dataset if args.dataset not in (None, "tales") else "python-docs")
     corpus = args.text or args.dataset or "tales"
@@ -153,6 +160,23 @@ def look_first(cfg: dict, text: str, corpus: str | None, preset: str) -> None:
     first_tokens(read_text(text), batch=2, tokens=min(256, cfg["context_length"]), name=text)
     if corpus is not None:
         load_corpus(corpus, from_preset(preset)["context_length"]).batch(0, TEXT.batch_size)
+
+
+def markdown_reference() -> str:
+    """The command reference that stands in the README: every command, every option."""
+    parser = make_parser()
+    commands = next(action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    lines = []
+    for name, of in {"": parser, **commands}.items():
+        help_line = COMMANDS[name].HELP if name else "the main job: the smoke tests, and with --train a small model"
+        lines += ["", f"**`python -m orchestrator{' ' * bool(name)}{name}`**: {help_line}", "", "| option | meaning |"]
+        lines.append("| --- | --- |")
+        for action in of._actions:
+            if action.option_strings and action.help != argparse.SUPPRESS and "--help" not in action.option_strings:
+                values = action.metavar or ("\\|".join(action.choices) if action.choices else "")
+                values = values or ("" if action.nargs == 0 else action.dest.upper())
+                lines.append(f"| `{' '.join([action.option_strings[-1], values]).strip()}` | {action.help} |")
+    return "\n".join(lines[1:])
 
 
 def _is_ours(error: BaseException) -> bool:

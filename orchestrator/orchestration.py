@@ -16,13 +16,12 @@ if __package__ in (None, ""):  # run as a file: the packages lie one folder up, 
 
 import torch
 
-from CMHA.implementations import IMPLEMENTATIONS
 from GPT2Model.config import PRESETS
 from GPT2Model.generation import generate
 from GPT2Model.gpt2 import GPTModel
 from orchestrator.evaluation.agreement import GRADIENTS_LIMIT, LOGITS_LIMIT, forward_backward, largest_differences
 from orchestrator.evaluation.estimates import count_parameters, forward_flops, memory_bytes
-from orchestrator.evaluation.machine import describe_attention, describe_machine
+from orchestrator.evaluation.machine import describe_attention, describe_machine, trainable_here
 from orchestrator.evaluation.parity import toggle_table
 from orchestrator.report import Run
 from orchestrator.text.corpora import first_tokens, read_text
@@ -115,7 +114,7 @@ def check_attention(run: Run, model: GPTModel, ids: torch.Tensor) -> None:
 def check_model_toggle(run: Run, model: GPTModel, ids: torch.Tensor, targets: torch.Tensor) -> None:
     """use_flash True against False in the whole model; where both are eager, nothing would be compared: say so."""
     fast = model.blocks[0].attention.choice(ids.shape[1])
-    others = [name for name in IMPLEMENTATIONS if name not in ("eager", fast.chosen)]
+    others = [name for name in trainable_here(model) if name not in ("eager", fast.chosen)]
     if fast.chosen == "eager":
         run.say(f"NOT COMPARED: use_flash=True is eager itself here ({fast.explain()}).")
         others = ["flash_tiled"]

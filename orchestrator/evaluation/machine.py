@@ -2,10 +2,12 @@
 
 import os
 import platform
+from dataclasses import replace
 
 import torch
 
 from CMHA.choosing import attention_report, detect_device_type
+from CMHA.implementations import IMPLEMENTATIONS
 
 
 def describe_machine(device: str = "cpu") -> list[str]:
@@ -50,6 +52,15 @@ def describe_attention(model) -> list[str]:
         lines.append(f"attention for {purpose}{dropout}: {report['chosen']}{kernel} ({report['reason']})")
     model.train(was_training)
     return lines
+
+
+def trainable_here(model) -> list[str]:
+    """The implementations whose own check accepts this model's forward and backward pass: each really runs when named.
+
+    Why: one that would fall back to another must not be compared with it.
+    """
+    request = replace(model.blocks[0].attention.typical_request(), needs_grad=True)
+    return [name for name, module in IMPLEMENTATIONS.items() if not module.check(request)]
 
 
 def wait_for(device: torch.device | str) -> None:

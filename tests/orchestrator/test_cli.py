@@ -155,7 +155,8 @@ def test_the_seed_and_the_dataset_reach_what_is_built(monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "run_smoke_tests", lambda cfg, **given: asked.update(smoke=given, cfg=cfg))
     monkeypatch.setattr(cli, "train_first_model", lambda run, **given: asked.update(train=given))
     arguments = ["--train", "--dataset", "python-docs", "--seed", "7", "--device", "cpu", "--preset", "tiny"]
-    main([*arguments, "--attn_implementation", "flash_tiled", "--attn_strict", "--out", str(tmp_path)])
+    arguments += ["--attn_implementation", "flash_tiled", "--attn_strict", "--disable_mps_fix"]
+    main([*arguments, "--out", str(tmp_path)])
     assert (asked["smoke"]["seed"], asked["smoke"]["text"], asked["smoke"]["device"]) == (7, "python-docs", "cpu")
     assert (asked["cfg"]["emb_dim"], asked["cfg"]["attn_implementation"], asked["cfg"]["attn_strict"]) == (
         192, "flash_tiled", True,
@@ -165,7 +166,9 @@ def test_the_seed_and_the_dataset_reach_what_is_built(monkeypatch, tmp_path):
         "python-docs",
         "tiny",
     )
-    assert asked["train"]["attention"] == {"attn_implementation": "flash_tiled", "attn_strict": True}
+    assert asked["train"]["attention"] == {
+        "attn_implementation": "flash_tiled", "attn_strict": True, "disable_mps_fix": True,
+    }  # fmt: skip
 
 
 def small_run(monkeypatch):
@@ -276,3 +279,16 @@ def test_options_of_the_main_job_before_a_command_are_not_swallowed(capsys):
         main(["parity", "--train"])
     assert left.value.code == 2
     assert "--train" in capsys.readouterr().err
+
+
+def test_one_that_would_fall_back_is_not_compared_under_its_own_name(capsys):
+    from orchestrator.evaluation.machine import trainable_here
+    from orchestrator.orchestration import build_model, run_smoke_tests
+
+    cfg = {"vocab_size": 50257, "context_length": 32, "emb_dim": 16, "n_heads": 2, "n_layers": 1}
+    assert trainable_here(build_model(cfg)) == ["eager", "sdpa", "flash_tiled"]  # on a CPU
+    run_smoke_tests(cfg)
+    printed = capsys.readouterr()
+    assert "flash_attention_2 and eager" not in printed.out
+    assert "flex_attention and eager" not in printed.out
+    assert "WARNING" not in printed.err
