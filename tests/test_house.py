@@ -90,10 +90,12 @@ def test_each_file_of_the_reading_path_says_where_it_stands_and_what_comes_next(
 def test_the_readmes_tables_are_the_ones_made_from_the_code():
     from CMHA.choosing import names
     from GPT2Model import config
+    from orchestrator import cli
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert config.markdown_table() in text
     assert names.markdown_table() in text
+    assert cli.markdown_reference() in text
 
 
 def test_what_the_readme_and_the_docs_point_at_exists():
