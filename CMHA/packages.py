@@ -28,17 +28,33 @@ class Package:
     purpose: str
 
 
-# fmt: off
+# pip compares names without regard to case, "-", "_" and ".": FlashAttention-3's setup.py says flash_attn_3.
 PACKAGES = {
-    "flash_attn_2": Package("flash-attn", "flash_attn", "pip install flash-attn --no-build-isolation",
-                            "FlashAttention-2 (CUDA, Ampere or later)"),
-    "flash_attn_3": Package("flash-attn-3", "flash_attn_interface", "build it from the folder hopper/ of flash-attention",
-                            "FlashAttention-3 (CUDA, Hopper)"),
-    "flash_attn_4": Package("flash-attn-4", "flash_attn.cute", "pip install flash-attn-4",
-                            "FlashAttention-4 (CUDA, Hopper and Blackwell)"),
-    "triton": Package("triton", "triton", "pip install triton", "our own GPU kernels, and torch.compile on CUDA"),
+    "flash_attn_2": Package(
+        distribution="flash-attn",
+        module="flash_attn",
+        install="pip install flash-attn --no-build-isolation",
+        purpose="FlashAttention-2 (CUDA, Ampere or later)",
+    ),
+    "flash_attn_3": Package(
+        distribution="flash-attn-3",
+        module="flash_attn_interface",
+        install='pip install --no-build-isolation "git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper"',
+        purpose="FlashAttention-3 (CUDA, Hopper)",
+    ),
+    "flash_attn_4": Package(
+        distribution="flash-attn-4",
+        module="flash_attn.cute",
+        install="pip install flash-attn-4",
+        purpose="FlashAttention-4 (CUDA, Hopper and Blackwell)",
+    ),
+    "triton": Package(
+        distribution="triton",
+        module="triton",
+        install="pip install triton",
+        purpose="our own GPU kernels, and torch.compile on CUDA",
+    ),
 }
-# fmt: on
 
 
 @dataclass(frozen=True)
