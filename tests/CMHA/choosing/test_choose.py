@@ -200,10 +200,11 @@ def test_a_new_implementation_is_one_file_and_one_line(monkeypatch):
         assert layer.choice().chosen == "mine"
         layer(torch.randn(1, 3, 8))
     assert calls == [0.5, 0.5]
-    runs = {run.implementation: run for run in compare_implementations([Case(query_len=9, key_len=9)], ["eager", "mine"])}
+    case = Case(query_len=9, key_len=9)
+    runs = {run.implementation: run for run in compare_implementations([case], ["eager", "mine"])}
     assert runs["mine"].passed
 
     wrong = types.SimpleNamespace(**vars(mine) | {"attention": lambda *a, **k: attention(*a, **k | {"scale": 1.0})})
     monkeypatch.setitem(IMPLEMENTATIONS, "mine", wrong)
-    runs = {run.implementation: run for run in compare_implementations([Case(query_len=9, key_len=9)], ["eager", "mine"])}
+    runs = {run.implementation: run for run in compare_implementations([case], ["eager", "mine"])}
     assert not runs["mine"].passed

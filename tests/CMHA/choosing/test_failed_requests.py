@@ -45,8 +45,8 @@ BOTH = ("flash_attn_2", "flash_attn_3")
 ROWS = [
     # On a CPU.
     Row("sdpa", {"needs_weights": True}, {"sdpa": ["weights_wanted"]}, "eager", (NO_WEIGHTS, "ask eager")),
-    Row("flash_tiled", {"needs_weights": True}, {"flash_tiled": ["weights_wanted"], "sdpa": ["weights_wanted"]}, "eager",
-        ("at once", "ask eager")),
+    Row("flash_tiled", {"needs_weights": True}, {"flash_tiled": ["weights_wanted"], "sdpa": ["weights_wanted"]},
+        "eager", ("at once", "ask eager")),
     Row("auto", {"needs_weights": True}, {"sdpa": ["weights_wanted"]}, "eager"),
     Row("flash_triton", {}, {"flash_triton": ["not_built"]}, "sdpa", ("not written yet", "use flash_tiled")),
     Row("paged", {}, {"paged_attention": ["not_built"]}, "sdpa", ("paged cache", "ordinary KV cache")),
@@ -65,7 +65,8 @@ ROWS = [
     Row("sdpa", MPS, {"sdpa": ["mps_nan"]}, "eager", (NAN, "--attn_implementation eager")),
     Row("fa2", MPS, {FA2: ["cuda_only", "dtype", "not_installed"], "sdpa": ["mps_nan"]}, "eager", (NAN, "CUDA")),
     Row("flex", MPS, {"flex_attention": ["mps"], "sdpa": ["mps_nan"]}, "eager", (NAN,)),
-    Row("fa2", MPS, {FA2: ["cuda_only", "dtype", "not_installed"]}, "sdpa", ("CUDA",), settings={"disable_mps_fix": True}),
+    Row("fa2", MPS, {FA2: ["cuda_only", "dtype", "not_installed"]}, "sdpa", ("CUDA",),
+        settings={"disable_mps_fix": True}),
     Row("flash_triton", MPS, {"flash_triton": ["not_built"], "sdpa": ["mps_nan"]}, "eager", (NAN,)),
     # On CUDA.
     Row("auto", HOPPER, {FA3: ["not_installed"], FA2: ["not_installed"]}, "sdpa"),

@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from CMHA.choosing import AttentionSettings, attention_report, detect_device_type, known_names
-from CMHA.implementations import IMPLEMENTATIONS, sdpa
+from CMHA.implementations import sdpa
 from CMHA.masks import AttentionMask
 from CMHA.request import AttentionRequest
 
