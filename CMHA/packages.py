@@ -4,7 +4,9 @@ Why import: a wheel that was built against another torch is found by pip and by 
 Why also by distribution name: FlashAttention-2 and -4 share the import name `flash_attn`.
 """
 
+import contextlib
 import importlib
+import sys
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -86,7 +88,8 @@ def find(name: str) -> Found:
     except metadata.PackageNotFoundError:
         return Found()
     try:
-        return Found(version, module=importlib.import_module(package.module))
+        with contextlib.redirect_stdout(sys.stderr):  # a package that greets must not end up in somebody's JSON
+            return Found(version, module=importlib.import_module(package.module))
     except Exception as error:  # whatever a broken wheel raises: ImportError, OSError, RuntimeError, ...
         line = next(iter(str(error).splitlines()), "")
         return Found(version, error=f"{type(error).__name__}: {line}")

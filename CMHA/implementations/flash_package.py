@@ -33,7 +33,7 @@ def reasons_of_call(request: AttentionRequest, max_head_dim: int = 256, head_dim
     unplaced = request.query_len > request.key_len and kind not in ("causal", "full")
     against = [
         (request.needs_weights, "weights_wanted", "it never forms the attention weights", "ask eager for them"),
-        (request.device != "cuda", "cuda_only", f"it runs on CUDA, not on {request.device}", "use sdpa here"),
+        (request.device != "cuda", "cuda_only", f"it runs on CUDA, not on {request.device}", "leave it at auto here"),
         (not half, "dtype", f"it computes in fp16 and bf16, not in {dtype}", "use bf16, or torch.autocast"),
         (too_wide, "head_dim", f"it takes heads of a width {widths}, not {width}", "use sdpa, or other heads"),
         (request.paged, "paged", "it does not read a paged cache here", "use paged_attention, or a plain KV cache"),
@@ -55,7 +55,8 @@ def reasons_of_machine(*names: str) -> list[Reason]:
         Reason(
             "import_failed",
             f"{package.distribution} {found.version} is installed but does not import ({found.error})",
-            f"install a build of it for this torch, {torch.__version__}: {package.install}",
+            f"build it again for this torch, {torch.__version__}: pip uninstall -y {package.distribution}, then "
+            f"{package.install} --no-cache-dir",
         )
         for package, found in broken
     ]

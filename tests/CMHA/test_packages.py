@@ -123,3 +123,14 @@ def test_every_package_says_how_to_install_itself_and_what_for(name):
     assert package.install.startswith("pip install ")
     assert package.purpose
     assert package.distribution in package.install or "git+" in package.install
+
+
+def test_what_a_package_prints_while_it_is_imported_goes_to_stderr(site, capsys):
+    """Else a greeting would end up in the JSON of `doctor --json`."""
+    (site / "flash_attn-9.9.dist-info").mkdir()
+    metadata_of_it = "Metadata-Version: 2.1\nName: flash-attn\nVersion: 9.9\n"
+    (site / "flash_attn-9.9.dist-info" / "METADATA").write_text(metadata_of_it)
+    (site / "flash_attn.py").write_text("print('hello from flash-attn')\n")
+    assert find("flash_attn_2").version == "9.9"
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "hello from flash-attn\n")
