@@ -20,6 +20,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("CMHA", "TransformerBlock", "GPT2Model", "orchestrator", "tests", "pyproject.toml")
 ATTENTION = ("tests/CMHA/test_cmha.py", "tests/CMHA/implementations/test_parity.py")
+MASKS = ("tests/CMHA/test_masks.py", "tests/orchestrator/evaluation/test_grading.py")
+CHOOSING = ("tests/CMHA/choosing",)
+PACKAGES = ("tests/CMHA/implementations/test_flash_attention_packages.py",)
 MODEL = ("tests/TransformerBlock", "tests/GPT2Model/test_gpt2.py", "tests/GPT2Model/test_against_hugging_face.py")
 
 
@@ -39,14 +42,14 @@ MISTAKES = [
     Mistake(
         "mask shifted: the next token is seen",
         "CMHA/masks.py",
-        "torch.arange(query_start, query_end, device=self.device) + self.offset",
-        "torch.arange(query_start, query_end, device=self.device) + self.offset + 1",
+        "rules.append((keys <= queries)[None, None])",
+        "rules.append((keys <= queries + 1)[None, None])",
     ),
     Mistake(
         "mask shifted: the token itself is hidden",
         "CMHA/masks.py",
-        "key_positions[None, :] <= query_positions[:, None]",
-        "key_positions[None, :] < query_positions[:, None]",
+        "rules.append((keys <= queries)[None, None])",
+        "rules.append((keys < queries)[None, None])",
     ),
     Mistake(
         "view without transpose",
@@ -92,6 +95,57 @@ MISTAKES = [
         MODEL,
     ),
 ]
+
+MISTAKES += [
+    Mistake(
+        "window one too wide", "CMHA/masks.py", "(queries - keys < self.window)", "(queries - keys <= self.window)",
+        MASKS,
+    ),
+    Mistake(
+        "documents ignored", "CMHA/masks.py", "        if self.documents is not None:\n            of_queries",
+        "        if False:\n            of_queries", MASKS,
+    ),
+    Mistake(
+        "a tile that a window hides is skipped one too early", "CMHA/masks.py",
+        "max(0, first - self.window + 1)", "max(0, first - self.window + 2)", MASKS,
+    ),
+    Mistake(
+        "a table for every layer", "CMHA/masks.py", "if name not in self._derived:", "if True:", MASKS,
+    ),
+    Mistake(
+        "a fallback in silence", "CMHA/choosing/choose.py", "    warn_of_fallback(choice)\n    return choice",
+        "    return choice", CHOOSING,
+    ),
+    Mistake(
+        "strict falls back", "CMHA/choosing/choose.py", "if settings.attn_strict and requested != AUTO:",
+        "if False:", CHOOSING,
+    ),
+    Mistake(
+        "the guard of MPS forgotten", "CMHA/implementations/sdpa.py",
+        'if request.device == "mps" and request.mps_guard:', "if False:", CHOOSING,
+    ),
+    Mistake(
+        "auto never asks flash-attn", "CMHA/choosing/choose.py", 'FALLBACK_ORDER if device == "cuda" else',
+        "FALLBACK_ORDER[-2:] if True else", CHOOSING,
+    ),
+    Mistake(
+        "packed sequences run together", "CMHA/implementations/flash_package.py",
+        "names = torch.stack([row, documents[row, position].long()])",
+        "names = torch.stack([row * 0, documents[row, position].long()])", PACKAGES,
+    ),
+    Mistake(
+        "layout not swapped for the packages", "CMHA/implementations/flash_package.py",
+        "tensor.to(queries.dtype).transpose(1, 2) for tensor", "tensor.to(queries.dtype) for tensor", PACKAGES,
+    ),
+    Mistake(
+        "rows that see nothing may be almost zero", "orchestrator/evaluation/parity.py",
+        "found[\"context\"].to(empty.device)[empty] != 0", "found[\"context\"].to(empty.device)[empty] > 1", MASKS,
+    ),
+    Mistake(
+        "a NaN passes the bound", "orchestrator/evaluation/parity.py", "if not self.error[key] <= self.bound[key]",
+        "if self.error[key] > self.bound[key]", MASKS,
+    ),
+]  # fmt: skip
 
 
 def plant(mistake: Mistake, place: Path) -> subprocess.CompletedProcess:
