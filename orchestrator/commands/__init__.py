@@ -4,9 +4,10 @@
 command, add its file and its line in `COMMANDS`.
 """
 
-from orchestrator.commands import doctor, parity
+from orchestrator.commands import attention_bench, doctor, parity
 
 COMMANDS = {
     "doctor": doctor,
     "parity": parity,
+    "attention-bench": attention_bench,
 }

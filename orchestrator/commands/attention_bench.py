@@ -1,0 +1,285 @@
+"""How much time and memory does attention take as sequences grow? Every implementation, side by side in one run.
+
+    python -m orchestrator attention-bench                                all that this machine can run: minutes
+    python -m orchestrator attention-bench --implementations eager,sdpa   only these
+    python -m orchestrator attention-bench --lengths 512,1024 --heads 12 --forward_only
+
+Each is called as the layer calls it: plain causal mask, no dropout. In each round every implementation runs once, in
+changing order, and its time is divided by eager's of the same round; the table gives medians, with quartiles in
+brackets. "forward" is a pass without gradients. "peak MiB" is what lives at the worst moment above inputs and mask,
+measured in a pass of its own. The last lines fit how both grow with the length T. Only ratios of one run are worth
+comparing: times swing with whatever else the machine does.
+
+What would take more than half of the free memory is left out, and the reason is given. A folder gets results.json, with
+every round, and two figures.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from CMHA.choosing import canonical_name
+from CMHA.implementations import IMPLEMENTATIONS
+from orchestrator.evaluation.attention_bench import PASSES, Bench, Row, growth, refusal, run_bench, turns
+from orchestrator.evaluation.machine import check_device, describe_machine, machine_facts
+from orchestrator.evaluation.parity import serves
+from orchestrator.report import plain
+from orchestrator.views.bench_figures import mask_notes, memory_by_length, time_by_length
+
+HELP = "time and peak memory of attention by sequence length, every implementation side by side"
+METHOD = (
+    "Plain causal mask, no dropout, tensors laid out as in the layer. In each round every implementation runs once, in "
+    "changing order, after one warm-up each; over_eager is its time / eager's of the same round. forward: without "
+    "gradients; forward_backward: with the gradients of queries, keys and values. One mask serves all rounds, as it "
+    "serves all layers of a model. peak_bytes: alive at the worst moment above inputs and mask, in a pass of its own; "
+    "first_peak_bytes: a forward pass with a new mask."
+)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COLUMNS = ("{:18}", "{:>6}", *("{:>22}", "{:>18}", "{:>8}") * 2)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """All values are read as text, so that everything that is wrong can be said at once."""
+    options = {
+        "--lengths": ("128,256,512,1024,2048,4096", "sequence lengths in tokens, with commas"),
+        "--batch": ("1", "sequences"),
+        "--heads": ("4", "query heads"),
+        "--kv_heads": (None, "key and value heads, if fewer (default: as many as --heads)"),
+        "--head_dim": ("64", "width of a head"),
+        "--dtype": (None, f"{', '.join(DTYPES)} (default: bfloat16 on CUDA, float32 elsewhere)"),
+        "--device": ("auto", "cpu, cuda, mps or auto: the best here"),
+        "--implementations": (None, "with commas (default: every one that can serve here)"),
+        "--repeats": ("5", "rounds for each length"),
+        "--seed": ("0", "of the numbers and of the order in each round"),
+        "--out": (None, "folder for results.json and figures (default: runs/DATE_TIME-attention-bench)"),
+    }
+    metavars = {"--lengths": "N,N,...", "--implementations": "NAMES", "--out": "DIR"}
+    metavars |= dict.fromkeys(("--dtype", "--device"), "NAME")
+    for option, (default, text) in options.items():
+        shown = "" if default is None else f" (default: {default})"
+        parser.add_argument(option, default=default, metavar=metavars.get(option, "N"), help=text + shown)
+    parser.add_argument("--forward_only", action="store_true", help="leave the backward pass out")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON, and nothing else, on stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    bench = read_arguments(args)
+    bench, refused = without_refused(bench, named=args.implementations is not None)
+    folder = Path(args.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H%M%S-attention-bench"))
+    folder.mkdir(parents=True, exist_ok=True)
+    say = (lambda text: None) if args.json else (lambda text: print(text, flush=True))
+    for line in [*describe_machine(bench.device), described(bench)]:
+        say(line)
+    say(f"plain causal mask, no dropout; {bench.repeats} rounds in changing order after a warm-up: median (quartiles)")
+    for name, why in refused.items():
+        say(f"not measured: {name} ({why})")
+    say("")
+
+    with tqdm(total=turns(bench), unit="turn", file=sys.stderr, smoothing=0.05) as bar:
+
+        def tick(doing: str, count: int) -> None:
+            bar.set_postfix_str(doing, refresh=False)
+            bar.update(count)
+
+        rows, rounds = run_bench(bench, tick)
+
+    exponents = growth(rows)
+    facts = machine_facts(bench.device)
+    results = {
+        "command": shlex.join(["python", "-m", "orchestrator", *sys.argv[1:]]),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "machine": facts,
+        "method": METHOD,
+        "settings": bench.settings(),
+        "refused": refused,
+        "rows": [vars(row) for row in rows],
+        "growth": exponents,
+        "rounds": rounds,
+    }
+    text = json.dumps(plain(results), indent=2) + "\n"
+    write(folder / "results.json", lambda beside: beside.write_text(text, encoding="utf-8"))
+    hardware = f"{facts['cpu']}, threads: {facts['threads']}" if bench.device == "cpu" else facts["device"]
+    title = f"{described(bench)}\n{hardware}, torch {torch.__version__}"
+    for name, draw in (("time.png", time_by_length), ("memory.png", memory_by_length)):
+        figure = draw(results["rows"], title=title)
+        write(folder / name, lambda beside, figure=figure: figure.savefig(beside, format="png", dpi=130))
+    if args.json:
+        print(text, end="")
+    say("\n".join([*table(rows), "", *growth_lines(exponents), *notes(rows)]))
+    say(f"written: {folder}/results.json, time.png, memory.png")
+    return 1 if any(row.failed for row in rows) else 0
+
+
+def read_arguments(args: argparse.Namespace) -> Bench:
+    """What the arguments ask for, with the implementations that are named, or all.
+
+    Raises:
+        ValueError: all that is wrong, one line each.
+    """
+    problems = []
+
+    def attempt(function: Callable, *values):
+        try:
+            return function(*values)
+        except ValueError as error:
+            problems.append(str(error))
+            return None
+
+    lengths = attempt(read_lengths, args.lengths)
+    sizes = {
+        key: attempt(whole_number, key, getattr(args, key), 1) for key in ("batch", "heads", "head_dim", "repeats")
+    }
+    kv_heads = sizes["heads"] if args.kv_heads is None else attempt(whole_number, "kv_heads", args.kv_heads, 1)
+    if sizes["heads"] and kv_heads and sizes["heads"] % kv_heads:
+        problems.append(f"--heads {sizes['heads']} must be a multiple of --kv_heads {kv_heads}: each serves a group.")
+    seed = attempt(whole_number, "seed", args.seed, 0)
+    device = attempt(select_device, args.device)
+    default = "bfloat16" if device == "cuda" else "float32"
+    if (args.dtype or default) not in DTYPES:
+        problems.append(f"--dtype must be one of {', '.join(DTYPES)}, got {args.dtype!r}.")
+    words = list(IMPLEMENTATIONS) if args.implementations is None else args.implementations.split(",")
+    names = [attempt(implementation, word.strip()) for word in words]
+    if args.out:
+        attempt(check_folder, Path(args.out))
+    if problems:
+        raise ValueError(complaint(problems))
+    return Bench(
+        {name: IMPLEMENTATIONS[name] for name in names}, lengths, kv_heads=kv_heads, **sizes, seed=seed, device=device,
+        dtype=DTYPES[args.dtype or default], forward_only=args.forward_only,
+    )  # fmt: skip
+
+
+def complaint(problems: Sequence[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} things are wrong:\n" + "\n".join(f"  {problem}" for problem in problems)
+
+
+def whole_number(option: str, text: str, least: int) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < least:
+        raise ValueError(f"--{option} must be a whole number, {least} or more, got {text!r}.")
+    return int(text)
+
+
+def read_lengths(text: str) -> list[int]:
+    """Rising, each once."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
+        raise ValueError(f"--lengths must be whole numbers, 1 or more, with commas, such as 128,256,512; got {text!r}.")
+    return sorted({int(word) for word in words})
+
+
+def select_device(name: str) -> str:
+    """The type of the device, which of several becomes the current one."""
+    device = torch.device(check_device(name))
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device.type
+
+
+def implementation(word: str) -> str:
+    """The name in the registry behind a name or an alias."""
+    name = canonical_name(word)
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"--implementations: there is nothing to measure for {word}: {', '.join(IMPLEMENTATIONS)}.")
+    return name
+
+
+def check_folder(folder: Path) -> None:
+    """Raise if it could not be made or written; nothing is made before everything else is known to be right."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"--out {folder}: {there} is not a folder that can be written. Choose another: --out DIR.")
+
+
+def without_refused(bench: Bench, named: bool) -> tuple[Bench, dict[str, str]]:
+    """The bench without the implementations that serve none of its lengths, and why they do not.
+
+    Raises:
+        ValueError: they were asked for by name.
+    """
+    refused = {}
+    for name, module in bench.implementations.items():
+        cases = [bench.case(length) for length in bench.lengths]
+        if all(serves(module, case) is None for case in cases):
+            refused[name] = refusal(module, cases[0], remedies=named)
+    if refused and named:
+        raise ValueError(complaint([f"{name} cannot be measured here: {why}." for name, why in refused.items()]))
+    kept = {name: module for name, module in bench.implementations.items() if name not in refused}
+    return Bench(**vars(bench) | {"implementations": kept}), refused
+
+
+def described(bench: Bench) -> str:
+    heads = f"{bench.heads} heads of {bench.head_dim}" + f" ({bench.kv_heads} of keys)" * (
+        bench.kv_heads != bench.heads
+    )
+    dtype = str(bench.dtype).removeprefix("torch.")
+    return f"causal attention, batch {bench.batch}, {heads}, {dtype} on {bench.device}"
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """The rows as text, under two lines of headings."""
+    headings = ("implementation", "T", *("ms (quartiles)", "x eager", "peak MiB") * 2)
+    lines = [f"{'':26}  {' forward ':-^48}   {' forward + backward ':-^48}"]
+    lines.append(" ".join(form.format(word) for form, word in zip(COLUMNS, headings, strict=True)))
+    for row in rows:
+        if row.not_measured:
+            lines.append(f"{row.implementation:18} {row.length:6} not measured: {row.not_measured}")
+            continue
+        cells = [row.implementation, str(row.length)]
+        for name in PASSES:
+            peak = row.peak_bytes[name]
+            cells += [with_spread(row.seconds[name], 1000), with_spread(row.over_eager[name])]
+            cells.append("-" if peak is None else short(peak / 2**20))
+        lines.append(" ".join(form.format(cell) for form, cell in zip(COLUMNS, cells, strict=True)))
+    return lines
+
+
+def with_spread(spread: dict | None, factor: float = 1) -> str:
+    """Median (quartiles)."""
+    if spread is None:
+        return "-"
+    median, low, high = (short(spread[key] * factor) for key in ("median", "lower_quartile", "upper_quartile"))
+    return f"{median} ({low}-{high})"
+
+
+def short(value: float) -> str:
+    """Three digits or so."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def growth_lines(exponents: Sequence[dict]) -> list[str]:
+    lines = []
+    for found in exponents:
+        name = "forward" if found["time"]["forward_backward"] is None else "forward_backward"
+        time, memory = found["time"][name], found["memory"][name]
+        what = f"time grows with T^{time:.1f}" + (f", memory with T^{memory:.1f}" if memory is not None else "")
+        where = f"{name.replace('_', ' + ')}, T = {found['from']} to {found['to']}"
+        lines.append(f"{found['implementation']}: {what} ({where})")
+    return lines
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What the table leaves out and is large: slow first calls, and memory for what is made of a mask."""
+    lines = []
+    for row in (row for row in rows if row.not_measured is None):
+        usual = sum(spread["median"] for spread in row.seconds.values() if spread)
+        if row.first_call_seconds > max(1.0, 5 * usual):
+            what = "with what is compiled or loaded once"
+            lines.append(f"{row.implementation} at T = {row.length}: first call {row.first_call_seconds:.1f} s, {what}")
+    return lines + mask_notes([vars(row) for row in rows])
+
+
+def write(path: Path, save: Callable[[Path], object]) -> None:
+    """Beside its place first, then renamed: a file is whole or not there."""
+    beside = path.with_name(f".{path.name}.partial")
+    save(beside)
+    os.replace(beside, path)
