@@ -28,7 +28,7 @@ def machine_facts(device: str = "cpu") -> dict:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()}, {platform.machine()}",
         "versions": attention_report()["versions"],
     }
 
