@@ -31,6 +31,7 @@ from CMHA.request import AttentionRequest, Reason
 
 SUMMARY = "PyTorch's FlexAttention: masks as code, compiled; on a CPU without gradients"
 ALIASES = ("flex",)
+COMPILES = True  # for seconds, at the first call of each kind: `parity` tries fewer cases of it unless it is named
 MOST_KERNELS = 256  # one for each dtype, head_dim, number of heads and set of rules, not for each length
 TABLE_ROWS, TABLE_COLUMNS = 64, 1024  # tables that rules read are filled up to multiples of these
 

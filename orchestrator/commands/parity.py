@@ -73,6 +73,11 @@ def run(args: argparse.Namespace) -> int:
     for name, why in unusable.items():
         print(f"not measured: {name} ({'; '.join(why)})")
     implementations = {name: module for name, module in implementations.items() if name not in unusable}
+    thinned = [name for name, module in implementations.items() if getattr(module, "COMPILES", False)]
+    if args.full or args.implementations or args.implementation:
+        thinned = []
+    for name in thinned:
+        print(f"{name}: every seventh case, since each is compiled for seconds. All: --implementations {name}")
     print(f"{len(cases):,} cases, {', '.join(implementations) or 'nothing'} against float64\n", flush=True)
 
     measurements = []
@@ -80,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         open(folder / "measurements.jsonl", "w", encoding="utf-8") as lines,
         tqdm(total=len(cases), unit="case", file=sys.stderr, smoothing=0.02) as bar,
     ):
-        for _, measured in grade(cases, implementations):
+        for _, measured in grade(cases, implementations, thinned):
             measurements += measured
             lines.writelines(json.dumps(plain(run.as_dict())) + "\n" for run in measured)
             lines.flush()

@@ -284,3 +284,20 @@ def test_a_file_that_is_none_is_refused_with_what_is_wanted(name, text, message,
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         load_implementation(tmp_path / name)
+
+
+def test_one_that_is_thinned_out_is_measured_in_every_seventh_case_and_the_others_in_all():
+    cases = [Case(head_dim=8, query_len=length, key_len=length) for length in range(1, 18)]
+    runs = [run for _, measured in grade(cases, {"sdpa": sdpa, "eager": eager}, ["sdpa"]) for run in measured]
+    assert [run.case.query_len for run in runs if run.implementation == "sdpa"] == [1, 8, 15]
+    assert [run.case.query_len for run in runs if run.implementation == "eager"] == list(range(1, 18))
+
+
+def test_what_is_left_of_the_thinned_grid_has_every_dtype_both_kinds_of_mask_and_every_padding():
+    left = cases_to_grade()[::7]
+    assert {case.dtype for case in left} == {torch.float32, torch.float16, torch.bfloat16}
+    assert {(case.causal, case.padding) for case in left} == set(
+        product((True, False), ("none", "right", "left", "row"))
+    )
+    assert {case.documents for case in left} == {bool(case.window) for case in left} == {True, False}
+    assert len({(case.query_len, case.key_len) for case in left}) > 6
