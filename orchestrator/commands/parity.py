@@ -35,6 +35,7 @@ from orchestrator.evaluation.grading import (
     load_implementation,
     refused,
     summarise,
+    thinning,
 )
 from orchestrator.evaluation.machine import check_device, describe_machine, machine_facts
 from orchestrator.report import plain
@@ -73,11 +74,10 @@ def run(args: argparse.Namespace) -> int:
     for name, why in unusable.items():
         print(f"not measured: {name} ({'; '.join(why)})")
     implementations = {name: module for name, module in implementations.items() if name not in unusable}
-    thinned = [name for name, module in implementations.items() if getattr(module, "COMPILES", False)]
-    if args.full or args.implementations or args.implementation:
-        thinned = []
-    for name in thinned:
-        print(f"{name}: every seventh case, since each is compiled for seconds. All: --implementations {name}")
+    named = args.implementations or args.implementation
+    thinned = {} if named else thinning(cases, implementations)
+    for name, every in thinned.items():
+        print(f"{name}: one case in {every}, since each is compiled for seconds. All: --implementations {name}")
     print(f"{len(cases):,} cases, {', '.join(implementations) or 'nothing'} against float64\n", flush=True)
 
     measurements = []

@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import math
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from CMHA.implementations import IMPLEMENTATIONS
 from orchestrator.evaluation.cases import MASK_AXES, Case, grid, request_of
 from orchestrator.evaluation.parity import Measurement, expectation, measure, serves
 
-SEVENTH = 7  # an implementation that compiles each kind of call, for seconds, is tried in every seventh case by default
+KERNELS = 100  # cases after which what was compiled is forgotten
 GRADIENTS = ("dQ", "dK", "dV")
 
 
@@ -28,7 +28,7 @@ def cases_to_grade(*, full: bool = False, device: str = "cpu", dtype: torch.dtyp
 
 
 def grade(
-    cases: Iterable[Case], implementations: Mapping[str, object], thinned: Collection[str] = ()
+    cases: Iterable[Case], implementations: Mapping[str, object], thinned: Mapping[str, int] | None = None
 ) -> Iterator[tuple[Case, list[Measurement]]]:
     """Measure each implementation in each case that its own check accepts.
 
@@ -38,7 +38,7 @@ def grade(
         cases: those that differ in their tiles alone should follow each other. An implementation without block sizes is
             measured in the first of them only.
         implementations: name -> module of the registry's form.
-        thinned: the names of those that are measured in every SEVENTH case only.
+        thinned: {name: n} of those that are measured in every n-th case only.
     Yields:
         a case, and what was measured in it. An implementation that raises an error has failed; the others go on.
     """
@@ -49,8 +49,10 @@ def grade(
         for name, module in implementations.items():
             seen = before.get(name) == same_numbers and not getattr(module, "OPTIONS", ())
             before[name] = same_numbers
-            if seen or (name in thinned and number % SEVENTH) or serves(module, case) is None:
+            if seen or number % (thinned or {}).get(name, 1) or serves(module, case) is None:
                 continue
+            if getattr(module, "COMPILES", False) and number % KERNELS == 0:
+                torch.compiler.reset()  # torch keeps a limited number of kernels in one process
             try:
                 measured.append(replace(measure(module, case), implementation=name))
             except Exception as error:  # of any kind: the code may be anybody's
@@ -58,6 +60,12 @@ def grade(
                 nan = dict.fromkeys(exact_bound, math.nan)
                 measured.append(Measurement(name, case, nan, exact_bound, math.nan, failure=what_was_raised(error)))
         yield case, measured
+
+
+def thinning(cases: list[Case], implementations: Mapping[str, object]) -> dict[str, int]:
+    """{name: n}: one that compiles each kind of call, for seconds, is tried in every n-th case, a hundred at most."""
+    every = max(7, len(cases) // 100)
+    return {name: every for name, module in implementations.items() if getattr(module, "COMPILES", False)}
 
 
 def what_was_raised(error: Exception) -> str:

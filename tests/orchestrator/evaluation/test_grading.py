@@ -10,6 +10,7 @@ import torch
 
 from CMHA.implementations import IMPLEMENTATIONS, eager, flash_tiled, sdpa
 from CMHA.request import Reason
+from orchestrator.evaluation import grading
 from orchestrator.evaluation.cases import MASK_AXES, Case, grid
 from orchestrator.evaluation.grading import (
     cases_to_grade,
@@ -286,18 +287,32 @@ def test_a_file_that_is_none_is_refused_with_what_is_wanted(name, text, message,
         load_implementation(tmp_path / name)
 
 
-def test_one_that_is_thinned_out_is_measured_in_every_seventh_case_and_the_others_in_all():
+def test_one_that_is_thinned_out_is_measured_in_every_nth_case_and_the_others_in_all():
     cases = [Case(head_dim=8, query_len=length, key_len=length) for length in range(1, 18)]
-    runs = [run for _, measured in grade(cases, {"sdpa": sdpa, "eager": eager}, ["sdpa"]) for run in measured]
+    runs = [run for _, measured in grade(cases, {"sdpa": sdpa, "eager": eager}, {"sdpa": 7}) for run in measured]
     assert [run.case.query_len for run in runs if run.implementation == "sdpa"] == [1, 8, 15]
     assert [run.case.query_len for run in runs if run.implementation == "eager"] == list(range(1, 18))
 
 
 def test_what_is_left_of_the_thinned_grid_has_every_dtype_both_kinds_of_mask_and_every_padding():
-    left = cases_to_grade()[::7]
+    cases = cases_to_grade()
+    assert grading.thinning(cases, IMPLEMENTATIONS) == {"flex_attention": 7}
+    assert grading.thinning(cases * 200, IMPLEMENTATIONS) == {"flex_attention": 2 * len(cases)}
+    left = cases[::7]
     assert {case.dtype for case in left} == {torch.float32, torch.float16, torch.bfloat16}
     assert {(case.causal, case.padding) for case in left} == set(
         product((True, False), ("none", "right", "left", "row"))
     )
     assert {case.documents for case in left} == {bool(case.window) for case in left} == {True, False}
     assert len({(case.query_len, case.key_len) for case in left}) > 6
+
+
+def test_what_was_compiled_is_forgotten_from_time_to_time(monkeypatch):
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    monkeypatch.setattr(grading, "KERNELS", 3)
+    cases = [Case(head_dim=8, query_len=length, key_len=length) for length in range(1, 8)]
+    list(grade(cases, {"sdpa": sdpa}))
+    assert resets == []
+    list(grade(cases, {"mine": implementation(eager.attention, COMPILES=True)}))
+    assert len(resets) == 3
