@@ -60,9 +60,9 @@ def test_every_usable_implementation_meets_the_bound_in_a_sample_of_the_whole_gr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", list(grid(axes=MASK_AXES)), ids=str)
-def test_flex_attention_meets_the_bound_under_every_kind_of_mask(case):
-    """Slow: it is compiled for each dtype, width of a head and kind of mask. The other grid is in its own test file."""
+@pytest.mark.parametrize("case", [*grid(), *grid(axes=MASK_AXES)], ids=str)
+def test_flex_attention_meets_the_bound_in_every_case_of_both_grids(case):
+    """Slow: it is compiled for each dtype, width of a head and kind of mask."""
     assert not misses(compare_implementations([case], ["flex_attention"]))
 
 
