@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from jaxtyping import Bool, Float
-from torch import Tensor, cat, nn
+from torch import Tensor, cat, is_grad_enabled, nn
 
 from CMHA.choosing import AttentionChoice, AttentionSettings, choose
 from CMHA.kv_cache import LayerCache
@@ -129,12 +129,12 @@ class MultiHeadAttention(nn.Module):
         return choose(self.settings, self.typical_request(tokens))
 
     def typical_request(self, tokens: int | None = None) -> AttentionRequest:
-        """The request of a plain causal pass, as the layer stands now: device, dtype, training or not."""
+        """The request of a plain causal pass, as the layer stands now: device, dtype, training, gradients or not."""
         tokens, weight = tokens or self.context_length, self.W_qkv.weight
         return AttentionRequest(
             device=weight.device.type, dtype=weight.dtype, head_dim=self.head_dim, query_len=tokens, key_len=tokens,
             num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, dropout=self.dropout if self.training else 0.0,
-            needs_grad=self.training, capability=capability_of(weight.device),
+            needs_grad=is_grad_enabled() and weight.requires_grad, capability=capability_of(weight.device),
         )  # fmt: skip
 
 

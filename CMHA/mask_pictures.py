@@ -1,6 +1,7 @@
 """Pictures of an AttentionMask, as text and as a figure: what each query may see, and which rule hides the rest."""
 
 from collections.abc import Sequence
+from io import BytesIO
 
 import torch
 from torch import Tensor
@@ -56,6 +57,8 @@ def figure(mask, sequence: int = 0, words: Sequence[str] | None = None):
     axes.imshow(
         reason.numpy(), cmap=ListedColormap([to_rgb(colour) for colour in colours]), norm=norm, interpolation="nearest"
     )
+    if words is not None and len(words) != mask.key_len:
+        raise ValueError(f"words are the keys' tokens, one for each of {mask.key_len} keys, got {len(words)}.")
     if words is not None:
         axes.set_xticks(range(mask.key_len), words, rotation=90, fontsize=8)
         axes.set_yticks(range(mask.query_len), list(words)[-mask.query_len :], fontsize=8)
@@ -72,7 +75,15 @@ def figure(mask, sequence: int = 0, words: Sequence[str] | None = None):
     labels = ["may be seen", *(f"hidden: {what}" for what, _ in RULES.values())]
     patches = [Patch(color=colours[number], label=labels[number]) for number in present]
     drawing.legend(handles=patches, loc="outside lower center", frameon=False, fontsize=8)
+    drawing._repr_png_ = lambda: as_png(drawing)  # a notebook that has not set matplotlib up shows it all the same
     return drawing
+
+
+def as_png(drawing) -> bytes:
+    """The figure as the bytes of a PNG file."""
+    file = BytesIO()
+    drawing.savefig(file, format="png", dpi=100)
+    return file.getvalue()
 
 
 def hiding_rule(mask, sequence: int = 0) -> Tensor:

@@ -57,8 +57,12 @@ class AttentionMask:
             batch_size = padding_mask.shape[0]
         if documents is not None:
             check_documents(documents, query_len, key_len, batch_size)
-        if window is not None and window < 1:
-            raise ValueError(f"window must be 1 (a token sees itself) or more, or None for any distance, got {window}.")
+        if min(query_len, key_len) < 0:
+            raise ValueError(f"query_len and key_len are numbers of tokens, got {query_len} and {key_len}.")
+        if window is not None and (not isinstance(window, int) or window < 1):
+            raise ValueError(
+                f"window must be 1 (a token sees itself) or a larger whole number, or None: any distance; got {window}."
+            )
         self.query_len, self.key_len, self.causal = query_len, key_len, causal
         self.offset = key_len - query_len
         self.padding_mask, self.documents = padding_mask, documents

@@ -25,13 +25,7 @@ class Run:
         self.steps: list[dict] = []
         self._started = self._step_started = time.perf_counter()
         if self.folder is not None:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                probe = self.folder / f".probe.{os.getpid()}"
-                probe.touch()
-                probe.unlink()
-            except OSError as error:
-                raise OSError(f"cannot write to {self.folder}: {error.strerror}. Choose another: --out DIR.") from error
+            make_folder(self.folder)
 
     def heading(self, text: str) -> None:
         print(f"\n{text}", flush=True)
@@ -95,6 +89,23 @@ class Run:
         beside.write_text(json.dumps(plain(report), indent=2) + "\n", encoding="utf-8")
         os.replace(beside, self.folder / "report.json")
         print(f"report: {self.folder / 'report.json'}")
+
+
+def make_folder(folder: str | os.PathLike) -> Path:
+    """Make a folder for results, and see that it can be written, before the work and not after it.
+
+    Raises:
+        OSError: it cannot, with what to do.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write to {folder}: {error.strerror}. Choose another: --out DIR.") from error
+    return folder
 
 
 def plain(value):

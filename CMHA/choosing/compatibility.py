@@ -25,6 +25,7 @@ NOT_RUN_ON_HARDWARE = ("CUDA, Ampere", "CUDA, Hopper", "MPS")
 # What is asked for on top of it.
 FEATURES = {
     "float32": {"dtype": torch.float32},
+    "bfloat16": {"dtype": torch.bfloat16},
     "float16": {"dtype": torch.float16},
     "gradients": {"needs_grad": True},
     "dropout": {"dropout": 0.1},

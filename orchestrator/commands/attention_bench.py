@@ -31,7 +31,7 @@ from CMHA.implementations import IMPLEMENTATIONS
 from orchestrator.evaluation.attention_bench import PASSES, Bench, Row, growth, refusal, run_bench, turns
 from orchestrator.evaluation.machine import check_device, describe_machine, machine_facts
 from orchestrator.evaluation.parity import serves
-from orchestrator.report import plain
+from orchestrator.report import make_folder, plain
 from orchestrator.views.bench_figures import mask_notes, memory_by_length, time_by_length
 
 HELP = "time and peak memory of attention by sequence length, every implementation side by side"
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     bench = read_arguments(args)
     bench, refused = without_refused(bench, named=args.implementations is not None)
     folder = Path(args.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H%M%S-attention-bench"))
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     say = (lambda text: None) if args.json else (lambda text: print(text, flush=True))
     for line in [*describe_machine(bench.device), described(bench)]:
         say(line)

@@ -38,7 +38,7 @@ from orchestrator.evaluation.grading import (
     thinning,
 )
 from orchestrator.evaluation.machine import check_device, describe_machine, machine_facts
-from orchestrator.report import plain
+from orchestrator.report import make_folder, plain
 from orchestrator.views.attention_figures import parity_chart
 
 HELP = "do all implementations of attention agree? error over bound, against float64"
@@ -66,11 +66,13 @@ def run(args: argparse.Namespace) -> int:
     device = check_device(args.device)
     implementations = chosen_implementations(args)
     cases = part_of(cases_to_grade(full=args.full, device=device, dtype=DTYPES.get(args.dtype)), args.part)
-    folder = Path(args.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H%M%S-parity"))
-    folder.mkdir(parents=True, exist_ok=True)
+    unusable = refused(cases, implementations)
+    if len(unusable) == len(implementations):
+        why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in unusable.items())
+        raise ValueError(f"nothing can be measured on {device}, every case is refused. {why}.")
+    folder = make_folder(args.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H%M%S-parity"))
     for line in describe_machine(device):
         print(line)
-    unusable = {} if args.implementation else refused(cases, implementations)
     for name, why in unusable.items():
         print(f"not measured: {name} ({'; '.join(why)})")
     implementations = {name: module for name, module in implementations.items() if name not in unusable}
@@ -120,7 +122,7 @@ def chosen_implementations(args: argparse.Namespace) -> dict[str, object]:
     """name -> module of what is to be graded."""
     if args.implementation:
         return {Path(args.implementation).stem: load_implementation(args.implementation)}
-    if not args.implementations:
+    if args.implementations is None:
         return dict(IMPLEMENTATIONS)
     names = [canonical_name(name.strip()) for name in args.implementations.split(",")]
     missing = [name for name in names if name not in IMPLEMENTATIONS]
@@ -144,7 +146,7 @@ def table(rows: list[dict]) -> str:
     """The summary as text: error over bound."""
     lines = [f"{'implementation':20} {'dtype':9} {'cases':>7} {'forward':>8} {'gradients':>9}  verdict"]
     for row in rows:
-        forward, gradients = ("-" if row[key] is None else f"{row[key]:.2f}" for key in ("forward", "gradients"))
+        forward, gradients = ("-" if row[key] is None else short(row[key]) for key in ("forward", "gradients"))
         verdict = f"FAIL ({row['failed']})" if row["failed"] else "PASS"
         verdict += f" ({row['known']} known)" * bool(row["known"])
         verdict += ", forward only" * (row["gradients"] is None)
@@ -152,6 +154,11 @@ def table(rows: list[dict]) -> str:
             f"{row['implementation']:20} {row['dtype']:9} {row['cases']:7,} {forward:>8} {gradients:>9}  {verdict}"
         )
     return "\n".join(lines)
+
+
+def short(ratio: float) -> str:
+    """Two decimals, or a power of ten where it is huge."""
+    return f"{ratio:.0e}" if ratio >= 1000 else f"{ratio:.2f}"
 
 
 def explain(name: str, runs: list) -> None:

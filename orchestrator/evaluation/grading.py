@@ -69,9 +69,13 @@ def thinning(cases: list[Case], implementations: Mapping[str, object]) -> dict[s
 
 
 def what_was_raised(error: Exception) -> str:
-    """The error in one line, with the last line of it that is not torch's own."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "torch" not in Path(frame.filename).parts]
-    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    """The error in one line, with the last line of it that is neither torch's nor this folder's."""
+    trace = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    here = Path(__file__).parent
+    frames = [(path, line) for path, line in trace if "torch" not in path.parts and path.parent != here]
+    if isinstance(error, ValueError) and trace[-1][0].name == "parity.py":  # ours, about what came back
+        return str(error)
+    place = f" ({frames[-1][0].name}, line {frames[-1][1]})" if frames and frames[-1][0].suffix == ".py" else ""
     return f"raised {type(error).__name__}: {next(iter(str(error).splitlines()), '')}{place}"
 
 
@@ -194,11 +198,11 @@ def load_implementation(path: str | Path) -> object:
     return module
 
 
-def refused(cases: list[Case], names: Iterable[str] | None = None) -> dict[str, list[str]]:
+def refused(cases: list[Case], implementations: Mapping[str, object] = IMPLEMENTATIONS) -> dict[str, list[str]]:
     """The implementations that serve none of the cases here: {name: why}."""
     found = {}
-    for name in names or IMPLEMENTATIONS:
-        if all(serves(IMPLEMENTATIONS[name], case) is None for case in cases):
-            reasons = IMPLEMENTATIONS[name].check(request_of(cases[0], needs_grad=False))
+    for name, module in implementations.items():
+        if all(serves(module, case) is None for case in cases):
+            reasons = module.check(request_of(cases[0], needs_grad=False))
             found[name] = [reason.message for reason in reasons]
     return found

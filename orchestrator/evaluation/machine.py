@@ -46,7 +46,8 @@ def describe_attention(model) -> list[str]:
     """Two lines: what computes attention in this model as it stands, in evaluation and in training, and why."""
     lines, was_training = [], model.training
     for purpose, training in (("evaluation", False), ("training", True)):
-        report = model.train(training).attention_report()
+        with torch.set_grad_enabled(training):
+            report = model.train(training).attention_report()
         kernel = f", torch's {report['torch_sdpa_kernel']} kernel" if report["torch_sdpa_kernel"] else ""
         dropout = f" with dropout {model.cfg['drop_rate']}" if training and model.cfg["drop_rate"] else ""
         lines.append(f"attention for {purpose}{dropout}: {report['chosen']}{kernel} ({report['reason']})")

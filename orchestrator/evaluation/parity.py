@@ -107,7 +107,8 @@ def reference(case: Case) -> dict[str, Tensor]:
 
 
 def results(context: Tensor, leaves: list[Tensor]) -> dict[str, Tensor]:
-    return dict(zip(FACTORS, (context.detach(), *(leaf.grad for leaf in leaves)), strict=True))
+    grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]  # None: it was not used
+    return dict(zip(FACTORS, (context.detach(), *grads), strict=True))
 
 
 def errors(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
@@ -155,14 +156,17 @@ def measure(what: str | Callable | object, case: Case) -> Measurement:
     with torch.set_grad_enabled(gradients):
         returned = module.attention(*inputs, mask, scale=case.scale, dropout=0.0, **options)
         context = checked(returned, inputs[0])
+    if gradients and not context.requires_grad:
+        raise ValueError("the context has no gradient: was it computed under torch.no_grad(), or detached?")
     if gradients:
         context.backward(grad_context)
     wait_for(case.device)
     seconds = time.perf_counter() - start
     found = results(context, inputs) if gradients else {"context": context.detach()}
     empty = (exact["context"] == 0).all(dim=-1)
-    spoiled = int((found["context"].to(empty.device)[empty] != 0).any(dim=-1).sum())
-    failure = f"{spoiled} of {int(empty.sum())} rows that may see nothing are not exactly 0" if spoiled else None
+    spoiled = int((found["context"].to(empty.device)[empty] != 0).any(dim=-1).sum())  # NaN is not 0 either
+    what = "NaN" if found["context"].isnan().any() else "not exactly 0"
+    failure = f"{spoiled} of {int(empty.sum())} rows that may see nothing are {what}" if spoiled else None
     return Measurement(name, case, errors(found, exact), {key: bound[key] for key in found}, seconds, failure)
 
 

@@ -1,5 +1,6 @@
 """Figures that compare implementations of attention."""
 
+import math
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
@@ -26,14 +27,17 @@ def parity_chart(rows: Sequence[dict], *, title: str) -> Figure:
             colour, marker = DTYPE_STYLE[row["dtype"]]
             dtypes = list(DTYPE_STYLE)
             y = names.index(row["implementation"]) + (dtypes.index(row["dtype"]) - 1) * 0.2
-            shown = 10.0 if not value < 10 else max(value, 1e-3)  # NaN too
+            shown = 10.0 if not value < 10 else max(value, 0.012)  # NaN too: at the right edge, with an arrow
+            label = (
+                f"{value:.2f}" if value < 10 else "NaN" if math.isnan(value) else f"{value:.0e} \N{RIGHTWARDS ARROW}"
+            )
             axes.plot(
                 shown, y, marker, color=colour, markersize=7, markerfacecolor="white" if row["failed"] else colour
             )
-            axes.annotate(f"{value:.2f}", (shown, y), textcoords="offset points", xytext=(7, -3), fontsize=8)
+            axes.annotate(label, (shown, y), textcoords="offset points", xytext=(7, -3), fontsize=8)
         axes.axvline(1.0, color=GREY, linestyle="--", linewidth=1.2)
         axes.set_xscale("log")
-        axes.set_xlim(0.01, 20)
+        axes.set_xlim(0.01, 60)
         axes.set(xlabel="largest error / bound (1 = the bound)", title=column)
         axes.grid(alpha=0.25, axis="x", which="both")
     panels[0].set_yticks(range(len(names)), names)

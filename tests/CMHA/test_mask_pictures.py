@@ -67,3 +67,15 @@ def test_show_prints_the_text_and_returns_a_figure_with_the_colour_of_each_cell(
 def test_with_a_cache_the_queries_are_named_after_the_last_keys():
     axes = figure(AttentionMask(2, 4), words=list("abcd")).axes[0]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["c", "d"]
+
+
+def test_a_notebook_shows_what_show_returns_also_without_matplotlib_set_up():
+    from IPython.core.interactiveshell import InteractiveShell
+
+    data, _ = InteractiveShell.instance().display_formatter.format(AttentionMask(4, 4).show())
+    assert data["image/png"].startswith(b"\x89PNG") or data["image/png"].startswith("iVBOR")
+
+
+def test_words_must_be_as_many_as_the_keys():
+    with pytest.raises(ValueError, match="one for each of 4 keys, got 3"):
+        AttentionMask(4, 4).show(words=["a", "b", "c"])

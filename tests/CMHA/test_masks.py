@@ -149,6 +149,7 @@ def test_the_table_is_made_once_and_shared_and_so_is_what_is_made_from_it():
         ({"documents": torch.tensor([[0, 1, 0, 1]])}, r"must not fall along a row.*0, 0, 1, 1"),
         ({"documents": torch.zeros(1, 4, dtype=torch.int64), "query_len": 5}, r"5 queries and 4 keys"),
         ({"window": 0}, r"window must be 1.*got 0"),
+        ({"query_len": -1}, r"numbers of tokens, got -1 and 4"),
         (
             {
                 "documents": torch.zeros(2, 4, dtype=torch.int64),

@@ -93,6 +93,7 @@ def test_a_file_of_ones_own_is_graded(few_cases, text, code, said, tmp_path, cap
     [
         (["--implementation", "gone.py"], "expects a Python file, got 'gone.py'"),
         (["--implementations", "sdap"], "Did you mean 'sdpa'"),
+        (["--implementations", ""], "unknown attn_implementation ''"),
         (["--implementations", "paged"], "nothing to measure for paged_attention"),
         (["--implementations", "auto"], "nothing to measure for auto"),
         (["--device", "cuda:77"], "cannot be used here"),
@@ -117,10 +118,28 @@ def test_an_implementation_that_no_case_suits_is_not_measured_and_says_why(few_c
     assert list(json.loads((tmp_path / "parity.json").read_text())["not_measured"]) == ["flash_attention_2"]
 
 
-def test_if_nothing_could_be_measured_nothing_has_passed(few_cases, tmp_path, capsys):
-    arguments = ["parity", "--device", "cpu", "--implementations", "flash_attention_2", "--out", str(tmp_path)]
-    assert main(arguments) == 1
-    assert "FAIL: 0 of 0" in capsys.readouterr().out
+def test_if_nothing_can_be_measured_it_says_why_and_exits_with_2(few_cases, tmp_path, capsys):
+    arguments = ["parity", "--device", "cpu", "--implementations", "flash_attention_2", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "nothing can be measured on cpu" in said
+    assert "it runs on CUDA" in said
+    (tmp_path / "never.py").write_text(
+        "from CMHA.request import Reason\n"
+        "def check(request):\n    return [Reason('moon', 'the moon is not full', 'wait')]\n" + RIGHT
+    )
+    assert main(["parity", "--device", "cpu", "--implementation", str(tmp_path / "never.py")]) == 2
+    assert "never: the moon is not full" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["parity", "attention-bench"])
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(command, few_cases, capsys):
+    assert main([command, "--device", "cpu", "--out", "/dev/null/here"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert "Choose another: --out DIR" in captured.err
+    assert "PASS" not in captured.out
 
 
 def test_the_parts_share_the_cases_out_in_blocks_that_share_their_numbers(few_cases):

@@ -239,7 +239,9 @@ def test_every_usable_implementation_meets_the_bound_under_every_kind_of_mask(ca
 def test_an_implementation_that_serves_nothing_here_is_named_with_its_reasons(monkeypatch):
     never = types.SimpleNamespace(check=lambda request: [Reason("no_moon", "the moon is not full", "wait")])
     monkeypatch.setitem(IMPLEMENTATIONS, "moon", never)
-    assert refused(SMALL, ["moon", "eager"]) == {"moon": ["the moon is not full"]}
+    assert refused(SMALL, {"moon": never, "eager": eager}) == {"moon": ["the moon is not full"]}
+    assert refused(SMALL)["moon"] == ["the moon is not full"]
+    assert "eager" not in refused(SMALL)
 
 
 # --- a file of one's own ------------------------------------------------------------------------------------------
@@ -316,3 +318,29 @@ def test_what_was_compiled_is_forgotten_from_time_to_time(monkeypatch):
     assert resets == []
     list(grade(cases, {"mine": implementation(eager.attention, COMPILES=True)}))
     assert len(resets) == 3
+
+
+def test_what_comes_back_wrong_is_told_in_words_and_not_as_an_error_of_ours():
+    def forgets_keys(queries, keys, values, mask, *, scale, dropout=0.0):
+        return queries * 1.0, None
+
+    def without_gradient(queries, keys, values, mask, *, scale, dropout=0.0):
+        return eager.attention(queries, keys, values, mask, scale=scale)[0].detach(), None
+
+    def one_head(queries, keys, values, mask, *, scale, dropout=0.0):
+        return queries[:, :1], None
+
+    def softmax_of_nothing(queries, keys, values, mask, *, scale, dropout=0.0):
+        scores = (queries @ keys.mT * scale).masked_fill(~mask.dense(), -math.inf)
+        return scores.softmax(-1) @ values, None
+
+    case = Case(head_dim=8, query_len=7, key_len=7)
+    (run,) = graded(implementation(forgets_keys), [case])
+    assert run.failure is None
+    assert {"context", "dQ", "dK", "dV"} == set(run.missed)
+    (run,) = graded(implementation(without_gradient), [case])
+    assert run.failure.startswith("the context has no gradient: was it computed under torch.no_grad()")
+    (run,) = graded(implementation(one_head), [case])
+    assert run.failure.startswith("the context must be torch.float32 (2, 4, 7, 8)")
+    (run,) = graded(implementation(softmax_of_nothing), [replace(case, padding="row")])
+    assert run.failure == "28 of 28 rows that may see nothing are NaN"
