@@ -23,6 +23,7 @@ def parity_chart(rows: Sequence[dict], *, title: str) -> Figure:
         for row in rows:
             value = row[column]
             if value is None:
+                axes.annotate("forward only", (0.012, names.index(row["implementation"])), fontsize=8, color=GREY)
                 continue
             colour, marker = DTYPE_STYLE[row["dtype"]]
             dtypes = list(DTYPE_STYLE)
@@ -34,7 +35,9 @@ def parity_chart(rows: Sequence[dict], *, title: str) -> Figure:
             axes.plot(
                 shown, y, marker, color=colour, markersize=7, markerfacecolor="white" if row["failed"] else colour
             )
-            axes.annotate(label, (shown, y), textcoords="offset points", xytext=(7, -3), fontsize=8)
+            left = 0.35 < value < 1  # else the label would lie on the bound's line
+            place = {"xytext": (-7 if left else 7, -3), "ha": "right" if left else "left"}
+            axes.annotate(label, (shown, y), textcoords="offset points", fontsize=8, **place)
         axes.axvline(1.0, color=GREY, linestyle="--", linewidth=1.2)
         axes.set_xscale("log")
         axes.set_xlim(0.01, 60)
