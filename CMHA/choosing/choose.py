@@ -44,6 +44,9 @@ class AttentionSettings:
 
     def __post_init__(self):
         canonical_name(self.attn_implementation)
+        for size in (self.flash_query_block_size, self.flash_kv_block_size):
+            if size is not None and size < 1:
+                raise ValueError(f"a tile holds 1 or more queries and keys, got a block size of {size} (None: chosen).")
 
     @classmethod
     def from_cfg(cls, cfg: Mapping) -> "AttentionSettings":

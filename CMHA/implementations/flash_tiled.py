@@ -54,7 +54,7 @@ def attention(
     """
     # Grouped heads: (B, H, T, D) -> (B, kv_heads, group, T, D), and the keys broadcast over the group.
     batch, heads, query_len, head_dim = queries.shape
-    grouped = queries.reshape(batch, keys.shape[1], -1, query_len, head_dim)
+    grouped = queries.reshape(batch, keys.shape[1], heads // keys.shape[1], query_len, head_dim)
     seed = draw_seed() if dropout > 0 else 0
     if torch.is_autocast_enabled(queries.device.type):  # as torch's own op: inputs in the dtype of autocast
         dtype = torch.get_autocast_dtype(queries.device.type)

@@ -44,6 +44,8 @@ def check(request: AttentionRequest) -> list[Reason]:
     if request.dropout > 0:
         remedy = "train with drop_rate=0, or with sdpa or flash_tiled, which have it"
         reasons.append(Reason("dropout", "it has no dropout", remedy))
+    if 0 in (request.query_len, request.key_len):  # torch's compiled kernel divides by zero there
+        reasons.append(Reason("empty", "it takes no call without queries or keys", "use sdpa or eager"))
     if request.paged:
         reasons.append(Reason("paged", "it does not read pages here", "use the ordinary KV cache"))
     if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):

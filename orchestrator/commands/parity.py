@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     device = check_device(args.device)
     implementations = chosen_implementations(args)
     cases = part_of(cases_to_grade(full=args.full, device=device, dtype=DTYPES.get(args.dtype)), args.part)
+    if not cases:
+        raise ValueError(f"--part {args.part} holds no case: there are fewer parts than that.")
     unusable = refused(cases, implementations)
     if len(unusable) == len(implementations):
         why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in unusable.items())
@@ -121,7 +123,9 @@ def run(args: argparse.Namespace) -> int:
 def chosen_implementations(args: argparse.Namespace) -> dict[str, object]:
     """name -> module of what is to be graded."""
     if args.implementation:
-        return {Path(args.implementation).stem: load_implementation(args.implementation)}
+        name = Path(args.implementation).stem
+        name = f"{name} (your file)" if name in IMPLEMENTATIONS else name  # what torch's own is let off is not for it
+        return {name: load_implementation(args.implementation)}
     if args.implementations is None:
         return dict(IMPLEMENTATIONS)
     names = [canonical_name(name.strip()) for name in args.implementations.split(",")]

@@ -55,7 +55,7 @@ def grade(
                 torch.compiler.reset()  # torch keeps a limited number of kernels in one process
             try:
                 measured.append(replace(measure(module, case), implementation=name))
-            except Exception as error:  # of any kind: the code may be anybody's
+            except (Exception, SystemExit) as error:  # of any kind: the code may be anybody's
                 exact_bound = expectation(case)[1]
                 nan = dict.fromkeys(exact_bound, math.nan)
                 measured.append(Measurement(name, case, nan, exact_bound, math.nan, failure=what_was_raised(error)))
@@ -68,7 +68,7 @@ def thinning(cases: list[Case], implementations: Mapping[str, object]) -> dict[s
     return {name: every for name, module in implementations.items() if getattr(module, "COMPILES", False)}
 
 
-def what_was_raised(error: Exception) -> str:
+def what_was_raised(error: BaseException) -> str:
     """The error in one line, with the last line of it that is neither torch's nor this folder's."""
     trace = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     here = Path(__file__).parent
@@ -185,7 +185,7 @@ def load_implementation(path: str | Path) -> object:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{path.name} cannot be imported: it {what_was_raised(error)}.") from error
     wanted = "attention(queries, keys, values, mask, *, scale, dropout=0.0) -> (context, weights or None)"
     if not callable(getattr(module, "attention", None)):

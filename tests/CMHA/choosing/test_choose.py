@@ -208,3 +208,8 @@ def test_a_new_implementation_is_one_file_and_one_line(monkeypatch):
     monkeypatch.setitem(IMPLEMENTATIONS, "mine", wrong)
     runs = {run.implementation: run for run in compare_implementations([case], ["eager", "mine"])}
     assert not runs["mine"].passed
+
+
+def test_a_block_size_below_one_is_refused():
+    with pytest.raises(ValueError, match="block size of -4"):
+        AttentionSettings(flash_kv_block_size=-4)

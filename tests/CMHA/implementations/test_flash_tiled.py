@@ -174,3 +174,10 @@ def test_everything_is_dropped_at_a_rate_of_one():
 def test_it_says_that_it_has_no_weights_to_give():
     assert [reason.code for reason in flash_tiled.check(AttentionRequest(needs_weights=True))] == ["weights_wanted"]
     assert flash_tiled.check(AttentionRequest(dropout=0.5, mask_kind="full+padding", needs_grad=True)) == []
+
+
+def test_a_batch_of_nothing_gives_nothing():
+    for batch, query_len in ((0, 5), (2, 0)):
+        queries, keys = torch.randn(batch, 4, query_len, 8), torch.randn(batch, 2, 5, 8)
+        context, _ = flash_tiled.attention(queries, keys, keys, AttentionMask(query_len, 5), scale=1.0)
+        assert context.shape == queries.shape

@@ -448,3 +448,8 @@ def test_past_the_limit_of_kernels_it_raises_and_never_runs_uncompiled(monkeypat
 
     torch.compiler.reset()
     assert error_over_bound(Rules(), (257, 257)) <= 1
+
+
+def test_a_call_without_queries_or_keys_is_refused_beforehand():
+    for lengths in ({"query_len": 0}, {"key_len": 0}):
+        assert "empty" in [reason.code for reason in flex_attention.check(AttentionRequest(**lengths))]
