@@ -84,7 +84,8 @@ class Case:
 
     @property
     def scale(self) -> float:
-        return self.head_dim**-0.5
+        """1 / sqrt(D), and for odd seeds another, so that one who ignores the argument is seen."""
+        return self.head_dim**-0.5 * (0.8 if self.seed % 2 else 1.0)
 
     def __str__(self) -> str:
         mask = f"{'causal' if self.causal else 'full'}-pad_{self.padding}-{'strided' if self.strided else 'contiguous'}"

@@ -344,3 +344,12 @@ def test_what_comes_back_wrong_is_told_in_words_and_not_as_an_error_of_ours():
     assert run.failure.startswith("the context must be torch.float32 (2, 4, 7, 8)")
     (run,) = graded(implementation(softmax_of_nothing), [replace(case, padding="row")])
     assert run.failure == "28 of 28 rows that may see nothing are NaN"
+
+
+def test_one_that_ignores_the_scale_it_is_given_fails():
+    def always_the_usual(queries, keys, values, mask, *, scale, dropout=0.0):
+        return eager.attention(queries, keys, values, mask, scale=queries.shape[-1] ** -0.5)
+
+    runs = graded(implementation(always_the_usual), [replace(SMALL[0], seed=seed) for seed in (0, 1)])
+    assert [failed(run) for run in runs] == [False, True]
+    assert {case.seed % 2 for case in cases_to_grade()} == {0, 1}
