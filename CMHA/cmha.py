@@ -16,6 +16,7 @@ from CMHA.choosing import AttentionChoice, AttentionSettings, choose
 from CMHA.kv_cache import LayerCache
 from CMHA.masks import AttentionMask
 from CMHA.request import AttentionRequest, capability_of
+from CMHA.tap import tap
 
 
 class MultiHeadAttention(nn.Module):
@@ -79,9 +80,9 @@ class MultiHeadAttention(nn.Module):
             ValueError: more tokens than context_length, or a mask that does not fit.
         """
         queries, keys, values = self.W_qkv(x).split(self.widths, dim=-1)  # each (B, T, heads * D)
-        queries = self.split_heads(queries, self.num_heads)
-        keys = self.split_heads(keys, self.num_kv_heads)
-        values = self.split_heads(values, self.num_kv_heads)
+        queries = tap("queries", self.split_heads(queries, self.num_heads))
+        keys = tap("keys", self.split_heads(keys, self.num_kv_heads))
+        values = tap("values", self.split_heads(values, self.num_kv_heads))
         if cache is not None:
             keys, values = cache.append(keys, values)
         lengths = (queries.shape[2], keys.shape[2])
@@ -100,7 +101,7 @@ class MultiHeadAttention(nn.Module):
         scale = self.head_dim**-0.5  # keeps the scores' variance near 1, whatever D
         context, weights = choice.attention(queries, keys, values, mask, scale=scale, dropout=dropout)
 
-        output = self.out_proj(self.merge_heads(context))
+        output = self.out_proj(self.merge_heads(tap("context", context)))  # a tap: where trace() looks
         return (output, weights) if return_weights else output
 
     def split_heads(self, x: Tensor, num_heads: int) -> Float[Tensor, "batch heads tokens head_dim"]:

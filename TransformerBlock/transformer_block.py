@@ -14,6 +14,7 @@ from CMHA.choosing import AttentionSettings
 from CMHA.cmha import MultiHeadAttention
 from CMHA.kv_cache import LayerCache
 from CMHA.masks import AttentionMask
+from CMHA.tap import tap
 from TransformerBlock.layers import FeedForward, LayerNorm
 
 
@@ -51,6 +52,6 @@ class TransformerBlock(nn.Module):
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch tokens emb_dim"]:
         """x plus what attention and feed-forward have to add. `mask` and `cache` as in MultiHeadAttention."""
-        x = x + self.dropout(self.attention(self.norm_1(x), mask=mask, cache=cache))
+        x = tap("after_attention", x + self.dropout(self.attention(self.norm_1(x), mask=mask, cache=cache)))
         x = x + self.dropout(self.feed_forward(self.norm_2(x)))
         return x

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from CMHA.dropout import draw_seed, keep_mask
 from CMHA.request import AttentionRequest, Reason
+from CMHA.tap import tap
 
 SUMMARY = "flash attention in plain PyTorch: tiles, the online softmax, its own backward"
 ALIASES = ()
@@ -84,7 +85,7 @@ class TiledAttention(torch.autograd.Function):
 
             for columns in spans(*mask.visible_keys(rows.start, rows.stop), blocks[1]):
                 k, v = keys[..., columns, :].to(precision), values[..., columns, :].to(precision)
-                scores = masked_scores(q, k, mask, rows, columns, scale)
+                scores = tap("scores", masked_scores(q, k, mask, rows, columns, scale), rows=rows, columns=columns)
 
                 new_max = torch.maximum(running_max, scores.amax(dim=-1, keepdim=True))
                 # A row that has seen nothing yet has m = -inf, and (-inf) - (-inf) would be NaN: shift by 0 there.
@@ -95,13 +96,16 @@ class TiledAttention(torch.autograd.Function):
                 running_sum = running_sum * correction + weights.sum(dim=-1, keepdim=True)  # before dropout
                 weights = drop(weights, queries, keys, rows, columns, dropout, seed)
                 accumulated = accumulated * correction + weights @ v
-                running_max = new_max
+                running_max = tap("running_max", new_max, rows=rows, columns=columns)
+                running_sum = tap("running_sum", running_sum, rows=rows, columns=columns)
+                accumulated = tap("accumulated", accumulated, rows=rows, columns=columns)
 
             nothing_seen = running_sum == 0  # such a row gives exactly 0, and +inf makes its weights 0 in backward
             context[..., rows, :] = (accumulated / running_sum.masked_fill(nothing_seen, 1.0)).to(context.dtype)
             row_lse = (running_max + torch.log(running_sum)).masked_fill(nothing_seen, math.inf)
             log_sum_exp[..., rows] = row_lse.squeeze(-1)
 
+        log_sum_exp = tap("log_sum_exp", log_sum_exp)
         ctx.save_for_backward(queries, keys, values, context, log_sum_exp)
         ctx.call = (mask, scale, dropout, seed, blocks)
         return context
