@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 TEST := $(BIN)/python -m pytest --jaxtyping-packages=CMHA,TransformerBlock,GPT2Model,beartype.beartype
 
-.PHONY: help run smoke test test-slow lint format lab notebooks clean
+.PHONY: help run smoke test test-slow lint format lab notebooks student-bundle clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -32,15 +32,17 @@ format: $(VENV)/.made-dev  ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 	$(BIN)/nbstripout notebooks/*.ipynb
 
-lab: $(VENV)/.made-run  ## open the notebook in JupyterLab
+lab: $(VENV)/.made-run  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks/llm.ipynb
 
 notebooks: $(VENV)/.made-dev  ## execute the notebooks into docs/executed/*.html, to look at on the web
-	mkdir -p docs/executed
-	$(BIN)/jupyter nbconvert --to html --execute --embed-images --output-dir docs/executed notebooks/*.ipynb
+	$(BIN)/python notebooks/to_html.py $(ARGS)
+
+student-bundle: $(VENV)/.made-run  ## pack the project without the solutions into dist/student-bundle.zip
+	$(BIN)/python -m orchestrator.learning.student_bundle $(ARGS)
 
 clean:  ## remove what make has made, except runs/
-	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache build *.egg-info
+	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache build dist *.egg-info
 
 $(VENV)/.made-venv:
 	$(PYTHON) -m venv $(VENV)
