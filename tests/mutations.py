@@ -147,6 +147,43 @@ MISTAKES += [
     ),
 ]  # fmt: skip
 
+TRACING = ("tests/CMHA/test_tap.py", "tests/GPT2Model/test_tracing.py")
+MISTAKES += [
+    Mistake(
+        "a listener's answer thrown away", "CMHA/tap.py",
+        "return tensor if _listener is None else _listener(name, tensor, **where)",
+        "return tensor if _listener is None else (_listener(name, tensor, **where), tensor)[1]", TRACING,
+    ),
+    Mistake(
+        "a tap that costs an operation", "CMHA/tap.py", "return tensor if _listener is None else",
+        "return tensor.view_as(tensor) if _listener is None else", TRACING,
+    ),
+    Mistake(
+        "a trace leaves its hooks behind", "GPT2Model/trace_recorder.py", "stack.callback(before.remove)", "del before",
+        TRACING,
+    ),
+    Mistake(
+        "recomputed weights without the scale", "GPT2Model/trace_recorder.py", '"scale": module.head_dim**-0.5',
+        '"scale": 1.0', TRACING,
+    ),
+    Mistake(
+        "a patch writes into the model's own value", "GPT2Model/trace_recorder.py", "patch(tensor.clone())",
+        "patch(tensor)", TRACING,
+    ),
+    Mistake(
+        "a patch of a value beside the pass is taken for one", "GPT2Model/trace_recorder.py",
+        "        if self.recomputing:  # beside", "        if False:  # beside", TRACING,
+    ),
+    Mistake(
+        "rounding taken for a difference", "GPT2Model/trace_diff.py", "row.verdict in (PARTED, SHAPE)",
+        "row.verdict in (ROUNDED, PARTED, SHAPE)", TRACING,
+    ),
+    Mistake(
+        "NaN taken for equal", "GPT2Model/trace_diff.py", 'apart.masked_fill(apart.isnan(), float("inf"))',
+        "apart.masked_fill(apart.isnan(), 0.0)", TRACING,
+    ),
+]  # fmt: skip
+
 
 def plant(mistake: Mistake, place: Path) -> subprocess.CompletedProcess:
     """Copy the project to `place`, make it wrong, and run the tests that should see it until the first fails."""
