@@ -1,78 +1,22 @@
 """notebooks/llm.ipynb runs whole, and what it prints is right: held against numbers computed here, another way."""
 
 import math
-import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
-from nbclient import NotebookClient
 
 from orchestrator.text import tales
+from tests.notebooks.reading import NUMBER, matrix, numbers, pictures, printed
 
-NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "llm.ipynb"
+NOTEBOOK = "llm.ipynb"
+PATH = Path(__file__).resolve().parents[2] / "notebooks" / NOTEBOOK
 MINUTES = [10, 20, 10, 10, 10, 15, 15]
-NUMBER = r"(-?\d+(?:\.\d+)?(?:e[+-]\d+)?)"
 EPS = np.finfo(np.float32).eps
-
-
-@pytest.fixture(scope="module")
-def committed():
-    return nbformat.read(NOTEBOOK, as_version=4)
-
-
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-    """The notebook, run from its own folder; once, also where pytest-xdist runs these tests in several processes."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    result = folder / "llm.executed.ipynb"
-    with FileLock(f"{result}.lock"):
-        if not result.exists():
-            notebook, start = nbformat.read(NOTEBOOK, as_version=4), time.perf_counter()
-            where = {"metadata": {"path": str(NOTEBOOK.parent)}}
-            # errors are allowed, so that the first test can name the cell: each other test then misses its output
-            NotebookClient(notebook, timeout=240, kernel_name="python3", allow_errors=True, resources=where).execute()
-            notebook.metadata["seconds"] = time.perf_counter() - start
-            nbformat.write(notebook, result)
-    return nbformat.read(result, as_version=4)
-
-
-def the_cell(notebook, marker: str):
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code" and marker in cell.source]
-    assert len(cells) == 1, f"{len(cells)} cells contain {marker!r}, one was expected"
-    return cells[0]
-
-
-def printed(notebook, marker: str) -> str:
-    """What the one cell that contains `marker` printed."""
-    outputs = the_cell(notebook, marker).outputs
-    return "".join(out.text for out in outputs if out.output_type == "stream" and out.name == "stdout")
-
-
-def numbers(pattern: str, text: str) -> list[float]:
-    """The numbers where `pattern` says NUMBER."""
-    found = re.search(pattern.replace("NUMBER", NUMBER), text)
-    assert found, f"{pattern!r} is not in:\n{text}"
-    return [float(group) for group in found.groups()]
-
-
-def matrix(heading: str, text: str) -> np.ndarray:
-    """The tensor that was printed below a heading."""
-    body = text.split(f"{heading}\n", 1)[1].split("])", 1)[0].split("]]", 1)[0]
-    rows = re.findall(r"\[+([^\[\]]+)", body)
-    return np.array([[float(number.strip(" .")) for number in row.split(",")] for row in rows])
-
-
-def pictures(notebook, marker: str) -> list[bytes]:
-    return [out.data["image/png"] for out in the_cell(notebook, marker).outputs if "image/png" in out.get("data", {})]
 
 
 # ------------------------------------------------------------------ the form
@@ -133,14 +77,14 @@ def test_it_is_committed_without_outputs(committed):
     assert (committed.nbformat, committed.nbformat_minor) == (4, 5)
     assert len({cell.id for cell in committed.cells}) == len(committed.cells)
     assert committed.metadata.kernelspec.name == "python3"
-    subprocess.run([sys.executable, "-m", "nbstripout", "--verify", str(NOTEBOOK)], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "nbstripout", "--verify", str(PATH)], check=True, capture_output=True)
 
 
 def test_it_finds_the_repository_from_inside_and_from_the_folder_above(committed, monkeypatch, tmp_path, capsys):
-    source, root = committed.cells[1].source, NOTEBOOK.parent.parent
+    source, root = committed.cells[1].source, PATH.parent.parent
     (tmp_path / "clone" / "CMHA").mkdir(parents=True)
     (tmp_path / "clone" / "CMHA" / "cmha.py").touch()
-    for start, expected in ((NOTEBOOK.parent, root), (root, root), (tmp_path, tmp_path / "clone")):
+    for start, expected in ((PATH.parent, root), (root, root), (tmp_path, tmp_path / "clone")):
         monkeypatch.chdir(start)
         monkeypatch.setattr(sys, "path", list(sys.path))
         exec(compile(source, "llm.ipynb", "exec"), {})
@@ -302,6 +246,7 @@ def test_the_cfg_toggle_takes_set_attention_and_then_only_last_digits_move(execu
     per_block = 2 * len(("W_qkv", "out_proj", "up_proj", "down_proj", "norm_1", "norm_2"))
     assert f"all {1 + 2 + 2 * per_block + 2} within their bounds" in text  # logits, embeddings, blocks, final norm
     assert "same seed, same weights, whatever the toggle: True" in text
+    assert "use_flash=True on a Mac's GPU: eager; sdpa says: it gave NaN on MPS" in text
 
 
 def test_nothing_before_a_changed_token_moves(executed):
@@ -335,27 +280,147 @@ def test_the_story_shown_has_the_probability_that_is_printed(executed):
     assert "the grammar's checker: word " in text  # before training it writes nonsense
 
 
-def test_cached_writing_and_the_corner_of_the_triangle(executed):
+def test_cached_writing_and_what_the_trained_model_writes(executed):
     text = printed(executed, "use_cache=False")
     assert re.search(r"cached_keys +\(1, 4, 51, 32\)", text)
     assert "old keys after 31 more tokens are as they were: True" in text
+    good, asked = numbers(r"NUMBER of NUMBER stories obey the grammar", text)
+    assert asked == 20
+    assert good >= 12
+    story = " ".join(text.split("\n\n")[-2].split())  # the last but one piece: then come the figures
+    first_fault = re.search(r"the first fault: (.*)", text)[1]
+    assert tales.check(story) in (None, first_fault)  # its own checker, asked again here
+    assert "same seed, same stories: True" in text
+    assert len(pictures(executed, "use_cache=False")) == 1
+
+
+def test_two_mistakes_without_an_error_the_wrong_corner_and_the_exact_gelu(executed):
     text = printed(executed, "upper_left = ")
     np.testing.assert_array_equal(matrix("upper left:", text), np.tri(2, 5))
     np.testing.assert_array_equal(matrix("lower right:", text), np.tri(2, 5, 3))
     right, wrong = numbers(r"mask NUMBER from the truth, with is_causal=True NUMBER", text)
     assert right < 1e-6 < 0.1 < wrong
-
-
-def test_the_trained_model_writes_by_the_grammar_and_the_exact_gelu_shows_in_numbers_only(executed):
-    text = printed(executed, "by_gelu")
-    good, asked = numbers(r"NUMBER of NUMBER stories obey the grammar", text)
-    assert asked == 20
-    assert good >= 12
-    story = " ".join(text.split("\n\n")[0].split())
-    first_fault = re.search(r"the first fault: (.*)", text)[1]
-    assert tales.check(story) in (None, first_fault)  # its own checker, asked again here
-    assert "same seed, same stories: True" in text
     toggle, gelu = numbers(r"by NUMBER with the toggle, by NUMBER with the exact GELU", text)
     assert toggle < 1e-4
     assert gelu > 20 * toggle
-    assert len(pictures(executed, "by_gelu")) == 1
+
+
+# What a block of this model holds, counted by hand: 12 tokens, width 128, 4 heads of 32, feed-forward 512.
+BLOCK = {
+    "norm_1": (1, 12, 128),
+    "attention.qkv": (1, 12, 3 * 128),
+    "attention.queries": (1, 4, 12, 32),
+    "attention.keys": (1, 4, 12, 32),
+    "attention.values": (1, 4, 12, 32),
+    "attention.context": (1, 4, 12, 32),
+    "attention.merged": (1, 12, 128),
+    "attention.output": (1, 12, 128),
+    "after_attention": (1, 12, 128),
+    "norm_2": (1, 12, 128),
+    "feed_forward.hidden": (1, 12, 4 * 128),
+    "feed_forward.activated": (1, 12, 4 * 128),
+    "feed_forward.output": (1, 12, 128),
+    "output": (1, 12, 128),
+}
+
+
+def test_the_trace_shows_every_tensor_of_a_block_and_says_why_the_weights_are_missing(executed):
+    text = printed(executed, "watched = trace(")
+    rows = re.findall(r"^blocks\.1\.(\S+) +\(([\d, ]+)\) +(.+)$", text, flags=re.MULTILINE)
+    assert {name: tuple(map(int, shape.split(","))) for name, shape, _ in rows} == BLOCK
+    assert all(len(axes.split(", ")) == len(BLOCK[name]) for name, _, axes in rows)
+    assert text.count("tokens: <|endoftext|> One ") == 1
+    assert "KeyError: blocks.1.attention.weights does not exist: attention ran by sdpa" in text
+    assert "recomputed: weights (1, 4, 12, 12), rows that sum to 1: 48" in text
+
+
+def test_the_answers_explain_each_tensor_that_the_trace_shows(committed):
+    last = next(cell.source for cell in committed.cells if "<summary>every tensor" in cell.source)
+    shapes = dict(re.findall(r"^\| `([\w.]+)` \| \(([^)]+)\) \|", last, flags=re.MULTILINE))
+    sizes = {"B": 1, "T": 12, "C": 128, "3C": 384, "4C": 512, "H": 4, "D": 32}
+    assert {name: tuple(sizes[letter] for letter in shape.split(", ")) for name, shape in shapes.items()} == BLOCK
+    assert last.count("Fourteen") == 1
+    assert len(BLOCK) == 14
+
+
+# ------------------------------------------------------------------ where it leads
+
+
+def test_it_names_the_other_notebooks_and_each_exists(committed):
+    text = "\n".join(cell.source for cell in committed.cells if cell.cell_type == "markdown")
+    others = {"attention", "training", "generation", "inside", "pretrained", "break_it"}
+    for name in others:
+        assert f"| `{name}.ipynb` |" in text
+        assert (PATH.parent / f"{name}.ipynb").is_file(), name
+    for path in re.findall(r"`([\w/]+\.(?:py|md))`", text):
+        assert (PATH.parent.parent / path).is_file(), path
+
+
+def exercises(notebook) -> list[str]:
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    return re.split(r"^\*\*\d\. ", text.split("## Exercises\n")[1], flags=re.MULTILINE)[1:]
+
+
+def test_each_exercise_has_something_to_run_and_a_hint(committed):
+    texts = exercises(committed)
+    assert 3 <= len(texts) <= 6
+    for text in texts:
+        assert text.count("```python\n") == 1
+        assert text.count("*Hint:*") == 1
+
+
+@pytest.fixture(scope="module")
+def exercised(committed):
+    """What each exercise's code prints, after the cells it builds on; with untrained models for trained ones."""
+    cells = [cell.source for cell in committed.cells if cell.cell_type == "code"]
+    imports, head, by_hand = (
+        next(source for source in cells if marker in source)
+        for marker in ("import copy", "def one_head", "model.token_embedding.weight.T")
+    )
+    head = head[head.index("def one_head") : head.index("context, weights =")]
+    models = """
+model, other, text = GPTModel(cfg).eval(), GPTModel(cfg).eval(), torch.arange(12)[None]
+other.load_state_dict(model.state_dict())
+for block in other.blocks:
+    block.feed_forward.gelu = torch.nn.GELU()
+"""
+    codes = [re.search(r"```python\n(.*?)```", text, flags=re.DOTALL)[1] for text in exercises(committed)]
+    pieces = [imports.replace("%matplotlib inline", ""), head, by_hand, models, *codes[:4]]  # the others are commands
+    script = "\nprint('=====')\n".join(pieces)
+    run = subprocess.run([sys.executable, "-c", script], cwd=PATH.parent.parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split("=====\n")[-4:]
+
+
+def test_exercise_1_gives_the_weights_that_paper_gives(exercised):
+    keys = np.array([[1, 0, 0, 1], [0, 1, 0, 1], [0, 1, 1, 1]], dtype=float)
+    scores = np.array([[2, 4, 0, 0], [0, 0, 6, 2], [0, 2, 4, 0]], dtype=float) @ keys.T / 2
+    weights = np.exp(np.where(np.tri(3) == 1, scores, -np.inf))
+    weights /= weights.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(matrix("", "\n" + exercised[0].split("tensor")[2]), weights, atol=6e-5)
+
+
+def test_exercise_2_shows_equal_shapes_and_other_numbers(exercised):
+    right, wrong = exercised[1].splitlines()
+    assert right[:12] == wrong[:12] == "(1, 2, 3, 4)"
+    assert max(numbers(r"\[NUMBER, NUMBER, NUMBER\]", right)) < 1e-4
+    assert min(numbers(r"\[NUMBER, NUMBER, NUMBER\]", wrong)) > 1e-2
+
+
+def test_exercise_3_does_not_show_the_future_in_a_fresh_model_s_loss(exercised):
+    with_mask, without = map(float, exercised[2].split())
+    assert 0 < abs(with_mask - without) < 0.2
+
+
+def test_exercise_4_names_the_gelu(exercised):
+    assert "blocks.0.feed_forward.activated" in exercised[3].splitlines()[0]
+
+
+def test_the_commands_of_the_exercises_are_checks_that_exist(committed):
+    from orchestrator.learning.checks.registry import EXERCISES, GROUPS
+
+    commands = [found for text in exercises(committed) for found in re.findall(r"^!.* check (\w+)$", text, flags=re.M)]
+    assert commands == ["attention", "gpt2"]
+    assert {*commands} <= {*EXERCISES, *GROUPS}
+    for name in re.findall(r"`(\w+)`", "".join(exercises(committed)[4:6]).replace("W_qkv", "")):
+        assert name in EXERCISES
