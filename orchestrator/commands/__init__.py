@@ -4,10 +4,12 @@
 command, add its file and its line in `COMMANDS`.
 """
 
-from orchestrator.commands import attention_bench, doctor, parity
+from orchestrator.commands import attention_bench, check, doctor, mistakes, parity
 
 COMMANDS = {
     "doctor": doctor,
     "parity": parity,
     "attention-bench": attention_bench,
+    "check": check,
+    "mistakes": mistakes,
 }
