@@ -6,7 +6,7 @@ import torch
 
 from GPT2Model.trace_values import Trace, Value
 
-ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 SAME, ROUNDED, PARTED, SHAPE, ONLY_A, ONLY_B = (
     "same bits",
     "rounding",

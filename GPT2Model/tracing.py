@@ -82,7 +82,7 @@ def diff(
     Args:
         names: what to compare; a pattern or several.
         tolerance: the largest difference, relative to the largest value of the tensor, that passes as rounding; None:
-            1e-4 in float32, 5e-2 in bfloat16 and float16, 1e-9 in float64.
+            1e-5 in float32, 5e-2 in bfloat16 and float16, 1e-9 in float64.
         trace_arguments: tokenizer, padding_mask, recompute: as in `trace`.
     Returns:
         a Difference: `.first`, the name of the first tensor that differs by more than rounding, or None; `.amount`, the

@@ -172,6 +172,9 @@ def markdown_reference() -> str:
         lines += ["", f"**`python -m orchestrator{' ' * bool(name)}{name}`**: {help_line}", "", "| option | meaning |"]
         lines.append("| --- | --- |")
         for action in of._actions:
+            if name and not action.option_strings:
+                many = " ..." if action.nargs in ("*", "+") else ""
+                lines.append(f"| `{action.metavar or action.dest.upper()}{many}` | {action.help} |")
             if action.option_strings and action.help != argparse.SUPPRESS and "--help" not in action.option_strings:
                 values = action.metavar or ("\\|".join(action.choices) if action.choices else "")
                 values = values or ("" if action.nargs == 0 else action.dest.upper())

@@ -123,7 +123,7 @@ def test_every_requirement_is_one_that_an_installer_reads():
         assert len([Requirement(line) for line in lines if line and not line.startswith("#")]) >= 9
 
 
-def test_the_python_that_the_readme_shows_runs(tmp_path):
+def test_the_python_that_the_readme_shows_runs(tmp_path, monkeypatch):
     import re
 
     from GPT2Model.config import from_preset
@@ -132,21 +132,26 @@ def test_the_python_that_the_readme_shows_runs(tmp_path):
     GPTModel(from_preset("nano", n_layers=1)).save_pretrained(tmp_path / "model")
     GPTModel(from_preset("nano", n_layers=1, vocab_size=177)).save_pretrained(tmp_path / "tales")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
+    monkeypatch.chdir(tmp_path)
     for block in blocks:  # each by itself, as a reader copies it
         code = block.replace("path/to/gpt2", str(tmp_path / "model")).replace('"folder"', repr(str(tmp_path / "copy")))
         code = code.replace("runs/DATE_TIME/model", str(tmp_path / "tales"))
         exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "copy" / "model.safetensors").exists()
+    assert (tmp_path / "trace.html").stat().st_size < 1_000_000
 
 
-@pytest.mark.parametrize("page", ["ATTENTION_BACKENDS.md", "FLASH_ATTENTION_GUIDE.md", "TROUBLESHOOTING.md"])
+PAGES = {"ATTENTION_BACKENDS.md": 2, "FLASH_ATTENTION_GUIDE.md": 2, "TROUBLESHOOTING.md": 2, "MISTAKES.md": 1}
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_python_that_the_pages_show_runs(page, tmp_path, monkeypatch):
     import re
 
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), flags=re.S)
-    assert len(blocks) >= 2
+    assert len(blocks) >= PAGES[page]
     for block in blocks:
         exec(compile(block, page, "exec"), {})
 
