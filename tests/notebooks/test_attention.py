@@ -1,0 +1,333 @@
+"""notebooks/attention.ipynb runs whole, and what it prints is right: held against numbers computed here, another way.
+
+`test_form.py` holds its form.
+"""
+
+import ast
+import math
+import re
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from GPT2Model.config import from_preset
+from GPT2Model.gpt2 import GPTModel
+from orchestrator.evaluation.cases import Case, tensors
+from tests.notebooks.exercise_code import run_exercises
+from tests.notebooks.reading import numbers, pictures, printed
+
+NOTEBOOK = "attention.ipynb"
+EPS = np.finfo(np.float32).eps
+NAMES = ("eager", "sdpa", "flash_tiled")
+
+
+def attend(q, k, v, keep, scale=None):
+    """The definition in numpy, float64: (..., T, D); `keep` (queries, keys)."""
+    scores = q @ np.swapaxes(k, -1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = np.where(keep, scores, -np.inf)
+    exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True) @ v
+
+
+def normal(*shape) -> np.ndarray:
+    """What torch.randn gives after torch.manual_seed(0), as float64."""
+    torch.manual_seed(0)
+    return torch.randn(*shape).double().numpy()
+
+
+def drawn_mask(text: str) -> np.ndarray:
+    """The table that AttentionMask.show() printed."""
+    rows = [line.split() for line in text.splitlines() if line and set(line) <= set("■· ")]
+    return np.array([[character == "■" for character in row] for row in rows])
+
+
+def test_it_runs_from_top_to_bottom_without_an_error(executed):
+    print(f"{executed.metadata['seconds']:.0f} s; two minutes are the aim, on two quiet cores")  # pytest -rP shows it
+    for number, cell in enumerate(executed.cells):
+        for output in cell.get("outputs", []):
+            assert output.output_type != "error", f"cell {number}: {output.ename}: {output.evalue}\n{cell.source}"
+        assert cell.cell_type != "code" or cell.execution_count, f"cell {number} did not run"
+
+
+def test_attention_knows_no_order_but_the_masks(executed):
+    text = printed(executed, "def attend(")
+    q, k, v = normal(3, 1, 2, 6, 8)
+    order = [3, 0, 5, 1, 4, 2]
+    moved = {}
+    for what, keep in (("no mask", np.ones((6, 6), bool)), ("causal", np.tri(6, dtype=bool))):
+        shuffled = attend(q, k[:, :, order], v[:, :, order], keep)
+        moved[what] = np.abs(shuffled - attend(q, k, v, keep)).max()
+    assert numbers("no mask .* moves by NUMBER", text)[0] <= 8 * 3 * EPS
+    assert moved["no mask"] < 1e-14
+    assert numbers("causal .* moves by NUMBER", text)[0] == pytest.approx(moved["causal"], rel=0.03)
+
+
+def test_nothing_before_a_changed_token_moves(executed):
+    text = printed(executed, "causality_map(moved")
+    q, k, v = normal(3, 12, 8)
+    keep, moved = np.tri(12, dtype=bool), np.zeros((12, 12))
+    for t in range(12):
+        changed = np.eye(12)[t][:, None]
+        moved[:, t] = np.abs(attend(q, k + changed, v + changed, keep) - attend(q, k, v, keep)).max(axis=-1)
+    assert np.triu(moved, 1).max() == 0
+    for name in NAMES:
+        above, below = numbers(rf"{name} +before the changed token: NUMBER at most; .*: NUMBER at least", text)
+        assert above == 0
+        assert below == pytest.approx(moved[keep].min(), rel=0.15)  # one digit was printed
+    assert len(pictures(executed, "causality_map(moved")) == 1
+
+
+def test_zero_times_nan_is_nan(executed):
+    text = printed(executed, "nan_value[")
+    q, k, v = normal(3, 12, 8)
+    k[-1], bad = np.nan, v.copy()
+    bad[-1] = np.nan
+    with np.errstate(invalid="ignore"):
+        in_key, in_value = (
+            int(np.isnan(attend(q, keys, values, np.tri(12, dtype=bool))).any(axis=1).sum())
+            for keys, values in ((k, v), (normal(3, 12, 8)[1], bad))
+        )
+    assert (in_key, in_value) == (1, 12)
+    assert numbers("eager +NaN in the last key: +NUMBER of 12 rows; in the last value: +NUMBER of 12", text) == [1, 12]
+    assert numbers("flash_tiled +NaN in the last key: +NUMBER of 12 rows; in the last value: +NUMBER", text) == [1, 4]
+    assert "0 * NaN = nan" in text
+
+
+def test_rows_that_see_nothing(executed):
+    text = printed(executed, 'words = ["<pad>"')
+    table = np.tri(6, dtype=bool) & np.array([False, False, True, True, True, True])
+    np.testing.assert_array_equal(drawn_mask(text), table)
+    assert f"rows that see nothing: {np.flatnonzero(~table.any(axis=1)).tolist()}" in text
+    assert f"row of -inf: {[math.nan] * 6}" in text
+    assert f"row of the lowest number: {[round(1 / 6, 3)] * 6}" in text
+    assert text.count("padded rows exactly 0: True") == 3
+    assert len(pictures(executed, 'words = ["<pad>"')) == 1
+
+
+def test_documents_and_a_window(executed):
+    text = printed(executed, "same_text = ")
+    documents, window = [0, 0, 0, 0, 1, 1, 1, 2, 2, 2], 3
+    pairs = {"causal": set(), "and documents": set(), "and window": set()}
+    for query in range(10):
+        for key in range(query + 1):
+            pairs["causal"].add((query, key))
+            if documents[query] == documents[key]:
+                pairs["and documents"].add((query, key))
+                if query - key < window:
+                    pairs["and window"].add((query, key))
+    for what, seen in pairs.items():
+        assert numbers(f"{what} +NUMBER pairs", text) == [len(seen)]
+    assert {tuple(map(int, pair)) for pair in np.argwhere(drawn_mask(text))} == pairs["and window"]
+    assert len(pictures(executed, "same_text = ")) == 1
+
+
+def test_the_triangle_belongs_in_the_lower_right_corner(executed):
+    text = printed(executed, "lower_right = ")
+    assert "the context is the value of key 0: True" in text
+    np.testing.assert_array_equal(drawn_mask(text), np.tri(2, 6, 6 - 2, dtype=bool))
+    assert numbers("at once: NUMBER apart", text)[0] <= 16 * EPS
+
+
+def test_the_online_softmax_gives_the_numbers_on_paper(executed):
+    text = printed(executed, "steps.append")
+    scores, values = (0, 1, 2, 0), (8, 4, 2, 16)  # scores in units of ln 2: exp(score) is a power of 2
+    running_sum = accumulated = Fraction(0)
+    for number, tile in enumerate(((0, 1), (2, 3))):
+        seen = max(scores[: tile[-1] + 1])
+        correction = Fraction(0) if number == 0 else Fraction(2) ** (max(scores[:2]) - seen)
+        running_sum = running_sum * correction + sum(Fraction(2) ** (scores[i] - seen) for i in tile)
+        accumulated = accumulated * correction + sum(Fraction(2) ** (scores[i] - seen) * values[i] for i in tile)
+        row = [float(value) for value in (seen, correction, running_sum, accumulated)]
+        assert numbers(rf"(?m)^{number} +NUMBER +NUMBER +NUMBER +NUMBER", text) == row
+    assert accumulated / running_sum == 5
+    assert numbers("O / l = NUMBER; log-sum-exp m .* = NUMBER", text) == [5.0, round(math.log(8), 4)]
+
+
+def test_tiles_may_be_merged_in_any_order_and_without_m_all_is_lost(executed):
+    text = printed(executed, "def merge(")
+    torch.manual_seed(0)
+    scores, values = (100 + 5 * torch.randn(12)).double().numpy(), torch.randn(12).double().numpy()
+    weights = np.exp(scores - scores.max())
+    right, log_sum_exp = weights @ values / weights.sum(), scores.max() + math.log(weights.sum())
+    for order in ("forwards", "backwards", "in pairs"):
+        found, lse = numbers(f"{order} +O / l = NUMBER, log-sum-exp NUMBER", text)
+        assert found == pytest.approx(right, abs=2e-6)
+        assert lse == pytest.approx(log_sum_exp, abs=1e-4)
+    assert "= inf; without m: nan" in text
+    assert numbers("exact: NUMBER;", text)[0] == pytest.approx(right, abs=1e-6)
+    limit = np.log(np.finfo(np.float32).max)
+    assert numbers("can hold: NUMBER", text)[0] == pytest.approx(limit, abs=0.06)
+
+
+def test_a_causal_pass_looks_at_the_tiles_on_and_below_the_diagonal(executed):
+    text = printed(executed, "def flash(")
+    for T, size in ((12, 4), (1024, 128)):
+        tiles = np.tri(T).reshape(T // size, size, T // size, size).any(axis=(1, 3))
+        assert numbers(rf"T = {T}.*: NUMBER of NUMBER tiles", text) == [tiles.sum(), tiles.size]
+
+
+def test_the_traced_tiles_are_those_of_transformers_queries_and_keys(executed, tmp_path):
+    text = printed(executed, "flash_tiles(traced")
+    torch.manual_seed(0)
+    model = GPTModel(from_preset("nano", vocab_size=100, drop_rate=0.0, init_std=0.2)).eval()
+    ids = torch.randint(0, 100, (1, 12))
+    model.save_pretrained(tmp_path)
+    oracle = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval().double()
+    seen = []
+    hook = oracle.transformer.h[1].attn.c_attn.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    with torch.no_grad():
+        oracle(ids)
+    hook.remove()
+    queries, keys, values = (part.numpy()[:, 32:64] for part in seen[0].split(128, dim=-1))  # head 1: 32 wide
+
+    scores = queries[11] @ keys.T / math.sqrt(32)
+    assert "6 tiles: [0:4,0:4], [4:8,0:4], [4:8,4:8], [8:12,0:4], [8:12,4:8], [8:12,8:12]" in text
+    sums = []
+    for end in (4, 8, 12):  # the running quantities after a tile are those of all keys so far
+        m = scores[:end].max()
+        weights = np.exp(scores[:end] - m)
+        expected = [m, weights.sum(), *(weights @ values[:end] / weights.sum())[:3]]
+        row = rf"\[8:12,{end - 4}:{end}\] +NUMBER +NUMBER +\+?NUMBER, \+?NUMBER, \+?NUMBER"
+        np.testing.assert_allclose(numbers(row, text), expected, atol=2e-4)
+        sums.append(weights.sum())
+    assert sums[2] < sums[1]  # "the sum can fall, as it does here in the last tile"
+    np.testing.assert_allclose(
+        numbers(r"the context.*: +\+?NUMBER, \+?NUMBER, \+?NUMBER", text), expected[2:], atol=2e-4
+    )
+    assert len(pictures(executed, "flash_tiles(traced")) == 1
+
+
+def test_the_gradients_are_those_of_finite_differences(executed):
+    text = printed(executed, "grad_scores = ")
+    torch.manual_seed(0)
+    inputs = dict(zip("qkv", torch.randn(3, 12, 8).double().numpy(), strict=True))
+    grad_o, keep = torch.randn(12, 8).double().numpy(), np.tri(12, dtype=bool)
+    for name, tensor in inputs.items():
+        slopes = np.zeros_like(tensor)
+        for place in np.ndindex(tensor.shape):
+            step = np.zeros_like(tensor)
+            step[place] = 1e-5
+            up, down = (attend(**{**inputs, name: tensor + sign * step}, keep=keep) for sign in (1, -1))
+            slopes[place] = ((up - down) * grad_o).sum() / 2e-5
+        largest, by_hand, tiled = numbers(
+            f"gradient of {name}: largest NUMBER; by hand NUMBER from float64, flash_tiled NUMBER", text
+        )
+        assert largest == pytest.approx(np.abs(slopes).max(), abs=1e-4)
+        assert max(by_hand, tiled) < 8 * 8 * EPS
+    assert numbers("from the table: NUMBER apart", text)[0] < 1e-5
+
+
+def test_what_is_kept_for_the_backward_pass(executed):
+    text = printed(executed, "saved_tensors_hooks").replace(",", "")
+    kept = {name: numbers(rf"{name} +T = 64: +NUMBER +T = 256: +NUMBER", text) for name in NAMES}
+    assert kept["flash_tiled"] == [4 * T * 32 + T for T in (64, 256)]
+    assert kept["sdpa"][1] < 256 * 256
+    assert all(count >= T * T + 3 * T * 32 for count, T in zip(kept["eager"], (64, 256), strict=True))
+    for name, (short, long) in kept.items():
+        assert numbers(rf"{name} .* NUMBER times as many", text)[0] == pytest.approx(long / short, abs=0.06)
+
+
+def test_rounding_is_within_the_bound_and_mistakes_are_far_above_it(executed):
+    text = printed(executed, "mistakes = {").replace(",", "")
+    assert "(a + b) + c = 1 a + (b + c) = 0" in text
+    assert (np.float32(1e8) + np.float32(-1e8)) + np.float32(1) == 1
+    assert np.float32(1e8) + (np.float32(-1e8) + np.float32(1)) == 0
+
+    (q, k, v), _, _ = tensors(Case(query_len=128, key_len=128, num_heads=4, num_kv_heads=4, head_dim=64))
+    q, k, v = (tensor.detach().numpy() for tensor in (q, k, v))
+    wide, keep = [tensor.astype(np.float64) for tensor in (q, k, v)], np.tri(128, dtype=bool)
+    right = attend(*wide, keep)
+    bound = 2 * np.abs(attend(q, k, v, keep) - right).max() + 4 * EPS * max(1, np.abs(v).max())
+    wrong = {
+        "mask shifted by one": attend(*wide, np.tri(128, k=1, dtype=bool)),
+        "scale forgotten": attend(*wide, keep, scale=1),
+    }
+    for name, context in wrong.items():
+        ratio = np.abs(context - right).max() / bound
+        assert numbers(f"{name} +error / bound = NUMBER", text)[0] == pytest.approx(ratio, rel=0.3)
+    for name in NAMES:
+        assert 0 < numbers(f"{name} +error / bound = NUMBER", text)[0] <= 1
+    assert (
+        numbers("softmax in bfloat16 +error / bound = NUMBER", text)[0] > 300
+    )  # eps of bfloat16: 65536 times as large
+    assert len(pictures(executed, "mistakes = {")) == 1
+
+
+def test_all_implementations_meet_their_bounds_and_agree_in_a_whole_model(executed):
+    text = printed(executed, "toggle_table(")
+    for name in NAMES:
+        ratios = numbers(rf"(?m)^{name} +NUMBER +NUMBER +NUMBER +NUMBER +NUMBER$", text)[:4]
+        assert 0 < max(ratios) <= 1
+    for name in NAMES[1:]:
+        logits, gradients = numbers(f"whole model, {name} and eager: logits NUMBER apart, gradients NUMBER", text)
+        assert 0 < logits < 2e-5
+        assert 0 < gradients < 2e-5
+    assert len(pictures(executed, "toggle_table(")) == 1
+
+
+def test_the_weights_are_there_for_who_asks_and_dropout_drops_others(executed):
+    text = printed(executed, "identity = torch.eye")
+    assert "KeyError: blocks.0.attention.weights does not exist" in text
+    assert "recomputed: True" in text
+    rows = {
+        name: re.search(rf"(?m)^{name} +last row's weights that stayed: ([x. ]+)$", text)[1].split()
+        for name in ("eager", "sdpa", "flash_tiled, tiles of 2", "flash_tiled, tiles of 8")
+    }
+    assert rows["flash_tiled, tiles of 2"] == rows["flash_tiled, tiles of 8"] != rows["eager"]
+    assert all(len(row) == 8 and 0 < row.count("x") < 8 for row in rows.values())  # a rate of 0.5
+    assert "flash_tiled: the same for any tiles: True" in text
+    assert "flash_tiled and eager the same:      False" in text
+
+
+def test_memory_grows_with_t_squared_in_eager_only(executed):
+    text = printed(executed, "run_bench(bench)").replace(",", "")
+    for T in (64, 128, 256, 512, 1024):
+        table, eager, sdpa, tiled = numbers(rf"(?m)^ +{T} +NUMBER +NUMBER +NUMBER +NUMBER$", text)
+        assert table == 4 * T * T * 4 / 1024
+        assert 2 <= eager / table <= 4
+        assert sdpa >= 4 * T * 64 * 4 / 1024  # the context, at least
+        assert T < 512 or sdpa < table
+        assert 4 * T * 64 * 4 / 1024 <= tiled < 4 * T * 64 * 4 / 1024 + 4 * 4 * 128 * 128 * 4 / 1024 + 1024
+    exponents = {name: numbers(rf"{name} +512 to 1024 tokens: memory grows with T\^NUMBER", text)[0] for name in NAMES}
+    assert exponents["eager"] == pytest.approx(2, abs=0.05)
+    assert max(exponents["sdpa"], exponents["flash_tiled"]) < 1.5
+    assert len(pictures(executed, "run_bench(bench)")) == 2
+
+
+def test_how_one_is_chosen(executed):
+    text = printed(executed, "auto, Mac (MPS)")
+    expected = {
+        "auto, CPU": ("sdpa", {}),
+        "auto, CPU, weights wanted": ("eager", {"sdpa": ["weights_wanted"]}),
+        "use_flash=False, CPU": ("eager", {}),
+        "auto, Mac (MPS)": ("eager", {"sdpa": ["mps_nan"]}),
+        "auto, Mac, disable_mps_fix": ("sdpa", {}),
+    }
+    for what, (chosen, rejected) in expected.items():
+        found = re.search(rf"(?m)^{re.escape(what)} +-> (\w+) +rejected: (.*)$", text)
+        assert (found[1], ast.literal_eval(found[2])) == (chosen, rejected)
+    assert re.search(r"flash_attention_2, CPU +-> sdpa .*'cuda_only'", text)
+    assert "left-padded batches" in text.split("the Mac's report says:")[1].splitlines()[0]
+    assert "attn_strict=True: ValueError: flash_attention_2 cannot serve this request" in text
+    assert re.search(r"(?m)^sdpa +training: sdpa +generation: sdpa$", text)
+
+
+def test_what_takes_half_a_minute_is_left_out_unless_it_is_asked_for(executed):
+    assert printed(executed, "TRY_FLEX = False") == "left out: set TRY_FLEX = True\n"
+
+
+def test_the_exercises_run(committed):
+    text = run_exercises(committed, needs=("%matplotlib inline",))
+    not_rescaled = (4 + 4 + 2 + 4) / (0.5 + 1 + 1 + 0.25)  # on paper
+    assert f"{not_rescaled:.4f}, and {40 / 8:.4f} is right" in text
+    tiles = {"causal": 0, "causal+window": 0}
+    for i in range(8):
+        tiles["causal"] += i + 1
+        tiles["causal+window"] += 1 if i == 0 else 2
+    for kind, count in tiles.items():
+        assert numbers(rf"(?m)^{re.escape(kind)} NUMBER \[", text) == [count]
+    assert "none passed" in text
+    assert "rows that may see nothing are NaN" in text
