@@ -61,8 +61,9 @@ def flash_tiles(trace, layer: int, head: int, sequence: int = 0) -> Figure:
     largest = max(float(np.abs(finite).max()) if len(finite) else 0.0, 1e-6)
     shown = sorted({round(i) for i in np.linspace(0, len(tiles) - 1, min(FRAMES, len(tiles)))})
 
-    columns = min(3, len(shown) + 1)
-    lines = math.ceil((len(shown) + 1) / columns)
+    panels = len(shown) + 1
+    columns = panels if panels < 4 else min((3, 4), key=lambda columns: -panels % columns)  # the fewest empty places
+    lines = math.ceil(panels / columns)
     side = max(2.4, 0.115 * length)  # inches of a table
     figure = Figure(
         figsize=(columns * ((1 + BESIDE) * side + 0.75) + 0.9, lines * (side + 1.15) + 0.9), layout="constrained"
@@ -88,7 +89,7 @@ def flash_tiles(trace, layer: int, head: int, sequence: int = 0) -> Figure:
         Patch(facecolor=ORANGE, label="a maximum that this tile raised"),
     ]
     figure.legend(
-        handles=handles, loc="outside lower center", ncols=5 if columns == 3 else 3, frameon=False, fontsize=9
+        handles=handles, loc="outside lower center", ncols=5 if columns >= 3 else 3, frameon=False, fontsize=9
     )
     figure.suptitle(f"Flash attention, layer {layer}, head {head}: {count(len(tiles))}{some}\n{RULE}", fontsize=11)
     return figure

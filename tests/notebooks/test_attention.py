@@ -44,14 +44,6 @@ def drawn_mask(text: str) -> np.ndarray:
     return np.array([[character == "■" for character in row] for row in rows])
 
 
-def test_it_runs_from_top_to_bottom_without_an_error(executed):
-    print(f"{executed.metadata['seconds']:.0f} s; two minutes are the aim, on two quiet cores")  # pytest -rP shows it
-    for number, cell in enumerate(executed.cells):
-        for output in cell.get("outputs", []):
-            assert output.output_type != "error", f"cell {number}: {output.ename}: {output.evalue}\n{cell.source}"
-        assert cell.cell_type != "code" or cell.execution_count, f"cell {number} did not run"
-
-
 def test_attention_knows_no_order_but_the_masks(executed):
     text = printed(executed, "def attend(")
     q, k, v = normal(3, 1, 2, 6, 8)

@@ -38,13 +38,6 @@ def rows(executed) -> dict[str, list[str]]:
     return {line.split()[0]: line.split()[1:] for line in lines[1:-1]}
 
 
-def test_it_runs_from_top_to_bottom_without_an_error(executed):
-    for number, cell in enumerate(executed.cells):
-        for output in cell.get("outputs", []):
-            assert output.output_type != "error", f"cell {number}: {output.ename}: {output.evalue}\n{cell.source}"
-        assert cell.cell_type != "code" or cell.execution_count, f"cell {number} did not run"
-
-
 def test_it_takes_30_minutes_and_covers_at_least_six_mistakes(committed):
     text = "\n".join(cell.source for cell in committed.cells)
     minutes = re.findall(r"^## \d\. .*\((\d+) minutes\)$", text, flags=re.MULTILINE)

@@ -53,6 +53,15 @@ def test_there_are_notebooks():
     assert {"llm.ipynb", "attention.ipynb", "generation.ipynb"} <= set(NAMES)
 
 
+def test_it_runs_from_top_to_bottom_without_an_error(name, execute):
+    executed = execute(name)
+    print(f"{executed.metadata['seconds']:.0f} s; two minutes are the aim, on two quiet cores")  # pytest -rP shows it
+    for number, cell in enumerate(executed.cells):
+        for output in cell.get("outputs", []):
+            assert output.output_type != "error", f"cell {number}: {output.ename}: {output.evalue}\n{cell.source}"
+        assert cell.cell_type != "code" or cell.execution_count, f"cell {number} did not run"
+
+
 def test_its_first_cell_says_minutes_goals_and_how_to_run(notebook):
     first = notebook.cells[0]
     assert first.cell_type == "markdown"

@@ -102,14 +102,6 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def test_it_runs_from_top_to_bottom_without_an_error(executed):
-    print(f"{executed.metadata['seconds']:.0f} s; two minutes are the aim, on two quiet cores")  # pytest -rP shows it
-    for number, cell in enumerate(executed.cells):
-        for output in cell.get("outputs", []):
-            assert output.output_type != "error", f"cell {number}: {output.ename}: {output.evalue}\n{cell.source}"
-        assert cell.cell_type != "code" or cell.execution_count, f"cell {number} did not run"
-
-
 def test_the_model_knows_the_chances_of_the_program(executed, read, tokenizer):
     width, words, context = 128, len(set(re.findall(r"\w+|[.,]", " ".join(tales.stories(3000, seed=9))))), 128
     parameters = (words + 1 + context) * width + 2 * (12 * width**2 + 13 * width) + 2 * width

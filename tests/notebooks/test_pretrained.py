@@ -91,13 +91,6 @@ def numpy_loss(logits: np.ndarray, targets: np.ndarray) -> float:
 # ------------------------------------------------------------------ what it shows
 
 
-def test_it_runs_from_top_to_bottom_without_an_error(executed):
-    for number, cell in enumerate(executed.cells):
-        for output in cell.get("outputs", []):
-            assert output.output_type != "error", f"cell {number}: {output.ename}: {output.evalue}\n{cell.source}"
-        assert cell.cell_type != "code" or cell.execution_count, f"cell {number} did not run"
-
-
 def test_without_being_asked_it_takes_the_model_that_was_trained_here(executed, ours):
     text = printed(executed, "WEIGHTS = os")
     assert "'vocab_size': 177" in text
