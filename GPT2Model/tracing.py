@@ -104,7 +104,7 @@ def zero_heads(*heads: int) -> Callable[[Tensor], Tensor]:
                 f"zero_heads{heads} needs a value (batch, n_heads, tokens, head_dim) with these heads, got "
                 f"{tuple(tensor.shape)}: patch blocks.i.attention.context."
             )
-        return tensor.index_fill(1, torch.tensor(heads, device=tensor.device), 0.0)
+        return tensor.index_fill(1, torch.tensor(heads, dtype=torch.long, device=tensor.device), 0.0)
 
     return patch
 
