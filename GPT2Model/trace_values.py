@@ -127,6 +127,8 @@ class Trace:
     logits: Tensor | None = None
 
     def __getitem__(self, name: str) -> Tensor:
+        if not isinstance(name, str):
+            raise TypeError(f'values are asked for by name, trace["logits"], got {name!r}; trace.names() lists them.')
         if name not in self.values:
             raise MissingValueError(self.why_missing(name))
         return self.values[name].tensor
@@ -161,6 +163,8 @@ class Trace:
     def table(self, pattern: str = "*") -> str:
         """The values that fit a pattern, a line each: name, axes, statistics, what it is."""
         chosen = [self.values[name] for name in self.names(pattern)]
+        if not chosen:
+            raise MissingValueError(self.why_missing(pattern))
         rows = [("name", "axes and sizes", "mean", "std", "min", "max", "what it is")]
         for value in chosen:
             shape = ", ".join(f"{axis} {size}" for axis, size in zip(value.axes, value.tensor.shape, strict=True))

@@ -52,9 +52,11 @@ def trace(
         a Trace. Its logits are bit for bit those of `model(ids)`, unless something was patched. (Of a compiled model:
         those of the model as it is written. A compiled one may differ in the last digits.)
     Raises:
+        TypeError: arguments in another order, or of another kind.
         ValueError: a name or patch that fits no value of this pass, a patch of another shape, or what the model says.
     """
     model = getattr(model, "_orig_mod", model)  # of a compiled model the one inside
+    check_arguments(model, tokenizer, patch)
     ids, tokens = as_ids(model, text_or_ids, tokenizer)
     asked = [names] if isinstance(names, str) else list(names)
     result = Trace(
@@ -73,30 +75,35 @@ def diff(
     model_b: nn.Module,
     ids: str | Tensor | list[int],
     *,
+    tokenizer=None,
     names: str | Collection[str] = "*",
     tolerance: float | None = None,
-    **trace_arguments,
+    recompute: bool = False,
+    padding_mask: Tensor | None = None,
 ) -> Difference:
     """Where two models first part ways on one input, and by how much.
 
     Args:
+        model_a, model_b: two GPTModels. ids, tokenizer, recompute, padding_mask: as in `trace`.
         names: what to compare; a pattern or several.
         tolerance: the largest difference, relative to the largest value of the tensor, that passes as rounding; None:
             1e-5 in float32, 5e-2 in bfloat16 and float16, 1e-9 in float64.
-        trace_arguments: tokenizer, padding_mask, recompute: as in `trace`.
     Returns:
         a Difference: `.first`, the name of the first tensor that differs by more than rounding, or None; `.amount`, the
         largest difference there; `.rows`, every tensor. `print` shows it.
     Raises:
         ValueError: what `trace` raises.
     """
-    one = trace(model_a, ids, names=names, **trace_arguments)
-    other = trace(model_b, ids, names=names, **trace_arguments)
+    how = {"tokenizer": tokenizer, "names": names, "recompute": recompute, "padding_mask": padding_mask}
+    one, other = trace(model_a, ids, **how), trace(model_b, ids, **how)
     return compare(one, other, tolerance)
 
 
 def zero_heads(*heads: int) -> Callable[[Tensor], Tensor]:
     """A patch that takes heads out: for `blocks.i.attention.context` and other values (B, n_heads, T, ...)."""
+
+    if not all(isinstance(head, int) for head in heads):
+        raise TypeError(f"zero_heads takes numbers of heads, zero_heads(0, 2), got {heads}.")
 
     def patch(tensor: Tensor) -> Tensor:
         if tensor.ndim != 4 or not all(0 <= head < tensor.shape[1] for head in heads):
@@ -128,6 +135,17 @@ def as_written(model: nn.Module):
     if all(module._compiled_call_impl is None for module in model.modules()):
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
+
+
+def check_arguments(model, tokenizer, patch) -> None:
+    """Raise for what a first try gets wrong, before torch stumbles over it."""
+    if not isinstance(model, nn.Module) or not hasattr(model, "cfg") or not hasattr(model, "blocks"):
+        raise TypeError(f"the model comes first, and is a GPTModel; got {type(model).__name__}: trace(model, text).")
+    if isinstance(tokenizer, type):
+        raise TypeError(f"tokenizer is the class {tokenizer.__name__}: make one, {tokenizer.__name__}().")
+    if patch is not None and not isinstance(patch, Mapping):
+        got = type(patch).__name__
+        raise TypeError(f'patch is a dict, {{"blocks.0.attention.context": zero_heads(2)}}, got {got}.')
 
 
 def as_ids(model: nn.Module, text_or_ids, tokenizer) -> tuple[Tensor, list[list[str]]]:

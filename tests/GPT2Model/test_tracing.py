@@ -346,6 +346,46 @@ def test_what_cannot_be_done_is_said(model, ids, arguments, words):
         trace(model, ids, **arguments)
 
 
+def test_first_tries_that_go_wrong_are_answered_in_words():
+    """Beside the shapes that these tests check, so in a process of its own."""
+    script = """
+import torch
+from GPT2Model.config import from_preset
+from GPT2Model.gpt2 import GPTModel
+from GPT2Model.tokenizer import GPT2Tokenizer
+from GPT2Model.tracing import diff, trace, zero_heads
+
+model = GPTModel(from_preset("nano", n_layers=1)).eval()
+t = trace(model, [1, 2])
+for attempt in (
+    lambda: trace("text", model), lambda: diff(t, t, t.ids), lambda: trace(model, "text", tokenizer=GPT2Tokenizer),
+    lambda: trace(model, "text", patch=zero_heads(0)), lambda: t[0], lambda: zero_heads([0, 1]),
+    lambda: t.table("blocks.0.querys"), lambda: trace(model, {"a": 1}), lambda: trace(model, torch.randn(1, 4)),
+):
+    try:
+        attempt()
+    except (TypeError, ValueError, KeyError) as error:
+        print(type(error).__name__, "|", error)
+    else:
+        print("nothing was said")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    expected = [
+        "TypeError | the model comes first, and is a GPTModel; got str: trace(model, text).",
+        "TypeError | the model comes first, and is a GPTModel; got Trace: trace(model, text).",
+        "TypeError | tokenizer is the class GPT2Tokenizer: make one, GPT2Tokenizer().",
+        "TypeError | patch is a dict,",
+        'TypeError | values are asked for by name, trace["logits"], got 0',
+        "TypeError | zero_heads takes numbers of heads, zero_heads(0, 2), got ([0, 1],)",
+        "MissingValueError | no value is called 'blocks.0.querys'; near:",
+        "ValueError | trace() takes a text or token ids (B, T), got dict.",
+        "ValueError | ids must be an int64 tensor (B, T), got torch.float32",
+    ]
+    assert [line[: len(words)] for line, words in zip(said, expected, strict=True)] == expected
+
+
 def test_a_name_that_was_left_out_or_misspelt_is_told_apart(model, ids):
     found = trace(model, ids, names=["blocks.0.*", "logits"])
     with pytest.raises(KeyError, match="was not recorded"):
