@@ -7,8 +7,10 @@ from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
+from CMHA.choosing.choose import decide
 from CMHA.cmha import MultiHeadAttention
 from CMHA.implementations import eager
+from CMHA.request import AttentionRequest
 from CMHA.tap import listening
 from GPT2Model.trace_values import WEIGHTS, Trace, Value, fits, meaning_of
 
@@ -61,7 +63,7 @@ class Recorder:
         def hook(module, arguments, named):
             self.path.append(path)
             if isinstance(module, MultiHeadAttention):
-                self.inputs = {"mask": named.get("mask"), "scale": module.head_dim**-0.5}
+                self.inputs = {"mask": named.get("mask"), "scale": module.head_dim**-0.5, "layer": module}
             if path.endswith("attention.out_proj"):
                 return (self.value(path.replace("out_proj", "merged"), arguments[0]),), named
             return None
@@ -93,12 +95,27 @@ class Recorder:
             spans = ",".join(f"{part.start}:{part.stop}" for part in where.values())
             name = f"tile[{spans}].{name}"
         full = ".".join([*self.path[-1:], name])
-        if name == "context" and self.recompute and full.replace("context", "weights") not in self.seen:
+        if name == "context" and self.recompute and self.table_is_missing(self.path[-1]):
             self.recompute_weights()
         tensor = self.value(full, tensor)
         if name in ("queries", "keys", "values"):
             self.inputs[name] = tensor
+        if name == "values":
+            self.result.implementations[self.path[-1]] = self.chosen()
         return tensor
+
+    def chosen(self) -> str:
+        """What computes attention in the layer that is running: the answer to its own question, asked once more."""
+        layer, queries = self.inputs["layer"], self.inputs["queries"]
+        dropout = layer.dropout if layer.training else 0.0
+        request = AttentionRequest.describe(queries, self.inputs["keys"], self.inputs["mask"], dropout=dropout)
+        return decide(layer.settings, request).chosen
+
+    def table_is_missing(self, layer: str) -> bool:
+        """Whether the weights of this layer were asked for, and the pass did not form them."""
+        names = [f"{layer}.{name}" for name in WEIGHTS]
+        wanted = any(fits(name, pattern) for name in names for pattern in self.result.asked)
+        return wanted and names[-1] not in self.seen
 
     def recompute_weights(self) -> None:
         """Attention once more, by its definition, from what this layer had: eager's own taps show its table."""
@@ -135,15 +152,15 @@ class Recorder:
         lost = [("patch", pattern) for pattern in self.patch if pattern not in self.patched]
         lost += [("names", name) for name in self.result.asked if not any(fits(one, name) for one in known)]
         if lost:
-            lines = [f"  - {of}: {name!r} fits no value of this pass. {self.why(name, known)}" for of, name in lost]
+            lines = [f"  - {of}: {name!r} fits no value of this pass. {self.why(of, name, known)}" for of, name in lost]
             raise ValueError("trace() cannot do what was asked:\n" + "\n".join(lines))
 
-    def why(self, pattern: str, known: set[str]) -> str:
-        if pattern.rpartition(".")[2] in WEIGHTS and self.result.implementation != "eager":
-            return (
-                f"Attention ran by {self.result.implementation}, which never forms it. To see it: recompute=True. "
-                'To patch it, trace under eager: with model.using_attention("eager"): ...'
-            )
+    def why(self, what: str, pattern: str, known: set[str]) -> str:
+        fused = self.result.without_weights(pattern)
+        if fused and what == "patch":
+            return f'Attention ran by {fused}, which never forms it: trace under eager, model.using_attention("eager").'
+        if fused:
+            return f"Attention ran by {fused}, which never forms it: recompute=True makes it beside the pass."
         return "Near: " + ", ".join(difflib.get_close_matches(pattern, sorted(known), n=3, cutoff=0.0)) + "."
 
 

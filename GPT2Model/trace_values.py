@@ -113,18 +113,23 @@ class Trace:
     Attributes:
         values: name -> Value. ids: (B, T), what went in. tokens: their text, row by row.
         logits: (B, T, vocab_size), bit for bit what the model gives without a trace.
-        cfg: the model's. implementation: what computed attention. asked: the names that were asked for.
+        cfg: the model's. implementations: attention layer -> what computed it. asked: the names that were asked for.
         training: whether dropout was on.
     """
 
     ids: Tensor
     tokens: list[list[str]]
     cfg: Mapping
-    implementation: str
     asked: Sequence[str] = ("*",)
     training: bool = False
+    implementations: dict[str, str] = field(default_factory=dict)
     values: dict[str, Value] = field(default_factory=dict)
     logits: Tensor | None = None
+
+    @property
+    def implementation(self) -> str:
+        """What computed attention; several names where layers differ."""
+        return ", ".join(dict.fromkeys(self.implementations.values()))
 
     def __getitem__(self, name: str) -> Tensor:
         if not isinstance(name, str):
@@ -147,18 +152,26 @@ class Trace:
 
     def why_missing(self, name: str) -> str:
         """What to tell somebody who asks for a value that is not there."""
-        if name.rpartition(".")[2] in WEIGHTS and ".tile" not in name and self.implementation != "eager":
-            return (
-                f"{name} does not exist: attention ran by {self.implementation}, which never forms the table of "
-                "weights. trace(..., recompute=True) makes it from the queries and keys; or trace under eager: "
-                'with model.using_attention("eager"): ...'
-            )
         if not any(fits(name, pattern) for pattern in self.asked):
             return f"{name} was not recorded: names={list(self.asked)} leaves it out."
+        fused = self.without_weights(name)
+        if fused:
+            return (
+                f"{name} does not exist: attention ran by {fused}, which never forms the table of weights. trace(..., "
+                "recompute=True) makes it from the queries and keys; or trace under eager: "
+                'with model.using_attention("eager"): ...'
+            )
+        layers = f"; the blocks are 0 to {len(self.implementations) - 1}" if name.startswith("blocks.") else ""
         near = difflib.get_close_matches(name, self.values, n=3, cutoff=0.5)
-        return f"no value is called {name!r}" + (
-            f"; near: {', '.join(near)}." if near else "; trace.names() lists all."
-        )
+        rest = f"near: {', '.join(near)}." if near else "trace.names() lists all."
+        return f"no value is called {name!r}{layers}; {rest}"
+
+    def without_weights(self, name: str) -> str:
+        """What ran in the layer of this value, if the value is one of the weights and what ran forms none."""
+        layer, _, what = name.rpartition(".")
+        ran = {one for path, one in self.implementations.items() if fits(path, layer) and one != "eager"}
+        its_own = name in self.values and not self.values[name].recomputed
+        return ", ".join(sorted(ran)) if what in WEIGHTS and not its_own else ""
 
     def table(self, pattern: str = "*") -> str:
         """The values that fit a pattern, a line each: name, axes, statistics, what it is."""

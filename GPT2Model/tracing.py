@@ -13,6 +13,7 @@ Both are there only during the trace: a model that is not traced runs as if this
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -56,12 +57,10 @@ def trace(
         ValueError: a name or patch that fits no value of this pass, a patch of another shape, or what the model says.
     """
     model = getattr(model, "_orig_mod", model)  # of a compiled model the one inside
-    check_arguments(model, tokenizer, patch)
+    asked = [names] if isinstance(names, str) else names
+    check_arguments(model, tokenizer, asked, patch)
     ids, tokens = as_ids(model, text_or_ids, tokenizer)
-    asked = [names] if isinstance(names, str) else list(names)
-    result = Trace(
-        ids, tokens, dict(model.cfg), model.blocks[0].attention.choice(ids.shape[1]).chosen, asked, model.training
-    )
+    result = Trace(ids, tokens, dict(model.cfg), asked, model.training)
     recorder = Recorder(result, patch or {}, recompute, gradients)
     with as_written(model), torch.set_grad_enabled(gradients), recorder.watching(model):
         logits = model(ids, padding_mask)
@@ -94,6 +93,8 @@ def diff(
     Raises:
         ValueError: what `trace` raises.
     """
+    if tolerance is not None and (not isinstance(tolerance, Real) or not tolerance >= 0):
+        raise ValueError(f"tolerance is a number, 0 or more, relative to the largest value; got {tolerance!r}.")
     how = {"tokenizer": tokenizer, "names": names, "recompute": recompute, "padding_mask": padding_mask}
     one, other = trace(model_a, ids, **how), trace(model_b, ids, **how)
     return compare(one, other, tolerance)
@@ -119,7 +120,15 @@ def zero_heads(*heads: int) -> Callable[[Tensor], Tensor]:
 def copy_tokens(source: Tensor, *positions: int) -> Callable[[Tensor], Tensor]:
     """A patch that takes some positions from another pass: for values (B, T, width) such as the stream."""
 
+    if not isinstance(source, Tensor) or source.ndim != 3 or not all(isinstance(at, int) for at in positions):
+        raise TypeError("copy_tokens takes a value (batch, tokens, width) of another pass and whole positions.")
+
     def patch(tensor: Tensor) -> Tensor:
+        if tensor.ndim != 3 or source.shape[2] != tensor.shape[2] or source.shape[0] not in (1, tensor.shape[0]):
+            raise ValueError(
+                f"copy_tokens cannot put {tuple(source.shape)} into {tuple(tensor.shape)}: both are (batch, tokens, "
+                "width), and only the tokens may differ."
+            )
         length = min(tensor.shape[1], source.shape[1])
         if not all(-length <= position < length for position in positions):
             raise ValueError(f"copy_tokens got positions {positions}; both passes have those from 0 to {length - 1}.")
@@ -137,7 +146,7 @@ def as_written(model: nn.Module):
     return torch.compiler.set_stance("force_eager")
 
 
-def check_arguments(model, tokenizer, patch) -> None:
+def check_arguments(model, tokenizer, names, patch) -> None:
     """Raise for what a first try gets wrong, before torch stumbles over it."""
     if not isinstance(model, nn.Module) or not hasattr(model, "cfg") or not hasattr(model, "blocks"):
         raise TypeError(f"the model comes first, and is a GPTModel; got {type(model).__name__}: trace(model, text).")
@@ -146,6 +155,10 @@ def check_arguments(model, tokenizer, patch) -> None:
     if patch is not None and not isinstance(patch, Mapping):
         got = type(patch).__name__
         raise TypeError(f'patch is a dict, {{"blocks.0.attention.context": zero_heads(2)}}, got {got}.')
+    names = list(names) if isinstance(names, Collection) else [names]
+    wrong = [name for name in [*names, *(patch or {})] if not isinstance(name, str)]
+    if wrong or not names:
+        raise TypeError(f'names are texts, one at least: names="*.weights"; got {wrong[0] if wrong else names!r}.')
 
 
 def as_ids(model: nn.Module, text_or_ids, tokenizer) -> tuple[Tensor, list[list[str]]]:

@@ -11,6 +11,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import CMHA.cmha
+from CMHA.choosing import decide
+from CMHA.implementations import IMPLEMENTATIONS, eager
 from GPT2Model.config import from_preset
 from GPT2Model.gpt2 import GPTModel
 from GPT2Model.tokenizer import get_tokenizer
@@ -293,9 +296,13 @@ def test_the_whole_stream_of_another_pass_gives_the_other_logits(model, ids, at)
 def test_copied_positions_change_nothing_before_them(model, ids):
     other = trace(model, ids.flip(1))
     found = trace(model, ids, patch={"blocks.0.output": copy_tokens(other["blocks.0.output"], 6, 7)})
-    moved = (found.logits - trace(model, ids).logits).abs().amax(dim=(0, 2))
+    plain = trace(model, ids)
+    moved = (found.logits - plain.logits).abs().amax(dim=(0, 2))
     assert moved[:6].max() == 0
     assert moved[6:].min() > 1e-4
+    expected = plain["blocks.0.output"].clone()
+    expected[:, 6], expected[:, 7] = other["blocks.0.output"][:, 6], other["blocks.0.output"][:, 7]
+    assert torch.equal(found["blocks.0.output"], expected)
 
 
 @pytest.mark.parametrize(
@@ -339,6 +346,16 @@ def test_a_pattern_patches_every_layer(model, ids):
         ({"patch": {"blocks.0.output": zero_heads(1)}}, r"zero_heads\(1,\) needs a value"),
         ({"patch": {"blocks.0.attention.context": zero_heads(3)}}, r"with these heads"),
         ({"patch": {"blocks.0.output": copy_tokens(torch.zeros(1, 11, 24), 11)}}, r"from 0 to 10"),
+        (
+            {"patch": {"blocks.0.attention.context": copy_tokens(torch.zeros(1, 11, 24), 1)}},
+            r"both are \(batch, tokens",
+        ),
+        (
+            {"patch": {"blocks.0.output": copy_tokens(torch.zeros(3, 11, 24), 1)}},
+            r"cannot put \(3, 11, 24\) into \(2, 11",
+        ),
+        ({"names": "blocks.0.attention.weights"}, r"sdpa, which never forms it: recompute=True"),
+        ({"names": "blocks.7.attention.weights", "recompute": True}, r"fits no value of this pass. Near: blocks"),
     ],
 )
 def test_what_cannot_be_done_is_said(model, ids, arguments, words):
@@ -353,7 +370,7 @@ import torch
 from GPT2Model.config import from_preset
 from GPT2Model.gpt2 import GPTModel
 from GPT2Model.tokenizer import GPT2Tokenizer
-from GPT2Model.tracing import diff, trace, zero_heads
+from GPT2Model.tracing import copy_tokens, diff, trace, zero_heads
 
 model = GPTModel(from_preset("nano", n_layers=1)).eval()
 t = trace(model, [1, 2])
@@ -361,6 +378,10 @@ for attempt in (
     lambda: trace("text", model), lambda: diff(t, t, t.ids), lambda: trace(model, "text", tokenizer=GPT2Tokenizer),
     lambda: trace(model, "text", patch=zero_heads(0)), lambda: t[0], lambda: zero_heads([0, 1]),
     lambda: t.table("blocks.0.querys"), lambda: trace(model, {"a": 1}), lambda: trace(model, torch.randn(1, 4)),
+    lambda: trace(model, [1], names=None), lambda: trace(model, [1], names=[3]),
+    lambda: diff(model, model, [1], names=[]),
+    lambda: trace(model, [1], patch={0: torch.zeros(1)}), lambda: copy_tokens("x", 1),
+    lambda: copy_tokens(torch.zeros(1, 2, 3), 1.5), lambda: diff(model, model, [1], tolerance="a"),
 ):
     try:
         attempt()
@@ -379,9 +400,12 @@ for attempt in (
         "TypeError | patch is a dict,",
         'TypeError | values are asked for by name, trace["logits"], got 0',
         "TypeError | zero_heads takes numbers of heads, zero_heads(0, 2), got ([0, 1],)",
-        "MissingValueError | no value is called 'blocks.0.querys'; near:",
+        "MissingValueError | no value is called 'blocks.0.querys'; the blocks are 0 to 0; near:",
         "ValueError | trace() takes a text or token ids (B, T), got dict.",
         "ValueError | ids must be an int64 tensor (B, T), got torch.float32",
+        *["TypeError | names are texts, one at least"] * 4,
+        *["TypeError | copy_tokens takes a value (batch, tokens, width)"] * 2,
+        "ValueError | tolerance is a number, 0 or more",
     ]
     assert [line[: len(words)] for line, words in zip(said, expected, strict=True)] == expected
 
@@ -390,6 +414,10 @@ def test_a_name_that_was_left_out_or_misspelt_is_told_apart(model, ids):
     found = trace(model, ids, names=["blocks.0.*", "logits"])
     with pytest.raises(KeyError, match="was not recorded"):
         found["blocks.1.output"]
+    with pytest.raises(KeyError, match=r"blocks\.0\.attention\.weights was not recorded: names="):
+        trace(model, ids, names="logits", recompute=True)["blocks.0.attention.weights"]
+    with pytest.raises(KeyError, match=r"no value is called .*weights'; the blocks are 0 to 2; near"):
+        trace(model, ids, recompute=True)["blocks.3.attention.weights"]
     with pytest.raises(KeyError, match=r"near: blocks\.0\.attention\.queries"):
         found["blocks.0.attention.querys"]
 
@@ -407,6 +435,60 @@ def test_memory_is_bounded_by_the_names(model, ids):
     ]
     assert some.nbytes() == 3 * 2 * 11 * 24 * 4 + 2 * 11 * 90 * 4
     assert trace(model, ids).nbytes() > 5 * some.nbytes()
+
+
+def test_what_several_names_share_is_counted_once(model, ids):
+    whole = trace(model, ids, names="*.qkv").nbytes()
+    assert trace(model, ids, names=["*.qkv", "*.queries", "*.keys", "*.values"]).nbytes() == whole
+
+
+def test_no_table_is_made_for_weights_that_nobody_asked_for(model, ids, monkeypatch):
+    made = []
+    original = eager.attention
+    monkeypatch.setattr(eager, "attention", lambda *args, **named: made.append(1) or original(*args, **named))
+    trace(model, ids, names="logits", recompute=True)
+    assert made == []
+    trace(model, ids, names=["logits", "blocks.1.attention.scores"], recompute=True)
+    assert made == [1]
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", [*EVERYWHERE, "auto", "flex_attention"])
+def test_it_names_the_implementation_that_ran(model, ids, name, gradients, monkeypatch):
+    model.set_attention(name)
+    ran = []
+
+    def choose(settings, request):
+        choice = decide(settings, request)
+        ran.append(choice.chosen)
+        return choice
+
+    monkeypatch.setattr(CMHA.cmha, "choose", choose)
+    with torch.no_grad():  # what surrounds the trace is not what counts
+        found = trace(model, ids, names="blocks.*.output", gradients=gradients)
+    assert list(found.implementations.values()) == ran
+    assert len(ran) == 3
+    assert found.implementation == ran[0]
+    if name == "flex_attention":
+        assert (ran[0] == "flex_attention") is not gradients or not flex_usable()
+
+
+def flex_usable() -> bool:
+    layer = GPTModel(CFG).requires_grad_(False).blocks[0].attention
+    return not IMPLEMENTATIONS["flex_attention"].check(layer.typical_request())
+
+
+def test_a_dtype_other_than_the_models_is_taken_over(model, ids):
+    given = trace(model, ids)["blocks.0.output"].double() * 2
+    found = trace(model, ids, patch={"blocks.0.output": given})
+    assert found["blocks.0.output"].dtype == torch.float32
+    assert torch.equal(found["blocks.0.output"], given.float())
+
+
+def test_nans_are_counted(model, ids):
+    with torch.no_grad():
+        model.blocks[1].feed_forward.down_proj.bias[3] = torch.nan
+    assert trace(model, ids).values["blocks.1.feed_forward.output"].statistics()["nans"] == 2 * 11
 
 
 def test_what_was_not_asked_for_is_let_go(model, ids):
@@ -512,6 +594,45 @@ def test_a_nan_and_another_width_are_seen(model, ids):
     wider = diff(model, make(emb_dim=48), ids)
     assert wider.first == "token_embedding"
     assert "shapes (2, 11, 24) and (2, 11, 48)" in str(wider)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding", "more"),
+    [
+        (torch.float64, 1e-11, 1e-7),
+        (torch.float32, 1e-7, 1e-3),
+        (torch.bfloat16, 1e-2, 0.5),
+        (torch.float16, 1e-2, 0.5),
+    ],
+)
+def test_what_passes_as_rounding_depends_on_the_dtype_and_on_the_size(ids, dtype, rounding, more):
+    """The embeddings are a thousand large: differences are held against that."""
+    one = make()
+    with torch.no_grad():
+        one.token_embedding.weight.mul_(1000 / one.token_embedding.weight.abs().max())
+    one = one.to(dtype)
+    for change, parts in ((rounding, False), (more, True)):
+        other = copy.deepcopy(one)
+        with torch.no_grad():
+            other.token_embedding.weight[ids[0, 3], 5] += 1000 * change
+        found = diff(one, other, ids, names="token_embedding")
+        (row,) = found.rows
+        assert (row.verdict == "parted") is parts, row
+        assert row.verdict != "same bits" or dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("name", ["flash_tiled", "eager"])
+def test_hidden_scores_are_equal_and_do_not_count_as_large(ids, name):
+    """-inf in tiles, the lowest number in eager: neither is a difference, nor what a difference is held against."""
+    one = make(attn_implementation=name, flash_query_block_size=4, flash_kv_block_size=4)
+    other = copy.deepcopy(one)
+    with torch.no_grad():
+        other.blocks[0].attention.W_qkv.weight.add_(0.1 * torch.randn_like(other.blocks[0].attention.W_qkv.weight))
+    pattern = "blocks.0.attention.masked_scores" if name == "eager" else "blocks.0.attention.tile[[]0:4,0:4].scores"
+    (row,) = diff(one, other, ids, names=pattern.replace("[[]", "[")).rows
+    assert row.verdict == "parted"
+    assert 0 < row.amount < 100
+    assert row.relative > 1e-3
 
 
 def test_an_exact_gelu_is_found_in_the_first_block(model, ids, monkeypatch):
