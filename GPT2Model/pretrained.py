@@ -8,7 +8,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from CMHA.cmha import fuse_separate_projections
 from GPT2Model.config import PRESETS, complete, rename
+from GPT2Model.files import replace_files
 from GPT2Model.gpt2 import GPTModel
 from GPT2Model.weight_formats import (
     HF_DROPOUTS,
@@ -219,19 +220,6 @@ def save(model: GPTModel, folder: str | os.PathLike) -> None:
         })  # fmt: skip
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write the model to {folder}: {error}. Choose a folder that you may write to.") from error
-
-
-def replace_files(writers: Mapping[Path, Callable[[Path], object]]) -> None:
-    """Let each writer fill a file beside its place, and rename them when all are whole: old ones, or new ones."""
-    beside = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in writers}
-    try:
-        for path, write in writers.items():
-            write(beside[path])
-        for path, partial in beside.items():
-            os.replace(partial, path)
-    finally:
-        for partial in beside.values():
-            partial.unlink(missing_ok=True)
 
 
 def hub_names() -> list[str]:

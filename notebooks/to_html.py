@@ -8,7 +8,8 @@ before as it was, and the exit code is 1.
 """
 
 import argparse
-import os
+import base64
+import io
 import re
 import sys
 from pathlib import Path
@@ -17,11 +18,17 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter
+from PIL import Image
 from tqdm.auto import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from GPT2Model.files import replace_text
 
 HERE = Path(__file__).resolve().parent
 PAGES = HERE.parent / "docs" / "executed"
 LIMIT = 1_000_000  # bytes of a page
+COLOURS = 96  # of a picture: enough for figures, and a third of the bytes
 
 
 def page(notebook: Path) -> str:
@@ -37,6 +44,8 @@ def page(notebook: Path) -> str:
             if output.output_type == "stream":
                 text = re.sub(r"[^\n\r]*\r(?=[^\n])", "", output.text)
                 output.text = text.replace(str(HERE.parent), "gpt2-from-scratch")
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = smaller(output.data["image/png"])
     content.metadata.pop("widgets", None)  # a page without a kernel cannot run them
     exporter = HTMLExporter(template_name="classic", embed_images=True)
     exporter.mathjax_url = exporter.require_js_url = exporter.jupyter_widgets_base_url = ""
@@ -44,6 +53,14 @@ def page(notebook: Path) -> str:
     html = re.sub(r'<script[^>]*\bsrc="[^"]*"[^>]*>\s*</script>', "", html)
     html = html.replace("<head>", f'<head><meta name="description" content="{notebook.name}, executed">', 1)
     return html
+
+
+def smaller(png: str) -> str:
+    """A picture, base64, with a palette of few colours."""
+    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    file = io.BytesIO()
+    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(file, format="PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def main(names: list[str]) -> int:
@@ -64,9 +81,7 @@ def main(names: list[str]) -> int:
             failed += 1
             continue
         size = len(html.encode())
-        beside = PAGES / f".{name}.html.partial"
-        beside.write_text(html, encoding="utf-8")
-        os.replace(beside, PAGES / f"{name}.html")
+        replace_text(PAGES / f"{name}.html", html)
         tqdm.write(f"{name}: {size / 1e6:.2f} MB{f', over the limit of {LIMIT / 1e6:.0f} MB' if size > LIMIT else ''}")
         failed += size > LIMIT
     return 1 if failed else 0

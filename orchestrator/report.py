@@ -7,6 +7,8 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from GPT2Model.files import replace_text
+
 
 class Run:
     """Collects the steps of a run, prints each, and leaves a folder.
@@ -85,9 +87,7 @@ class Run:
             **about,
             "steps": self.steps,
         }
-        beside = self.folder / ".report.json.partial"
-        beside.write_text(json.dumps(plain(report), indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, self.folder / "report.json")
+        replace_text(self.folder / "report.json", json.dumps(plain(report), indent=2) + "\n")
         print(f"report: {self.folder / 'report.json'}")
 
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from CMHA.choosing import canonical_name
 from CMHA.implementations import IMPLEMENTATIONS
+from GPT2Model.files import replace_file, replace_text
 from orchestrator.evaluation.attention_bench import PASSES, Bench, Row, growth, refusal, run_bench, turns
 from orchestrator.evaluation.machine import check_device, describe_machine, machine_facts
 from orchestrator.evaluation.parity import serves
@@ -105,12 +106,12 @@ def run(args: argparse.Namespace) -> int:
         "rounds": rounds,
     }
     text = json.dumps(plain(results), indent=2) + "\n"
-    write(folder / "results.json", lambda beside: beside.write_text(text, encoding="utf-8"))
+    replace_text(folder / "results.json", text)
     hardware = f"{facts['cpu']}, threads: {facts['threads']}" if bench.device == "cpu" else facts["device"]
     title = f"{described(bench)}\n{hardware}, torch {torch.__version__}"
     for name, draw in (("time.png", time_by_length), ("memory.png", memory_by_length)):
         figure = draw(results["rows"], title=title)
-        write(folder / name, lambda beside, figure=figure: figure.savefig(beside, format="png", dpi=130))
+        replace_file(folder / name, lambda beside, figure=figure: figure.savefig(beside, format="png", dpi=130))
     if args.json:
         print(text, end="")
     say("\n".join([*table(rows), "", *growth_lines(exponents), *notes(rows)]))
@@ -276,10 +277,3 @@ def notes(rows: Sequence[Row]) -> list[str]:
             what = "with what is compiled or loaded once"
             lines.append(f"{row.implementation} at T = {row.length}: first call {row.first_call_seconds:.1f} s, {what}")
     return lines + mask_notes([vars(row) for row in rows])
-
-
-def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Beside its place first, then renamed: a file is whole or not there."""
-    beside = path.with_name(f".{path.name}.partial")
-    save(beside)
-    os.replace(beside, path)

@@ -19,11 +19,12 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
+from GPT2Model.files import replace_file, replace_text
 from orchestrator.evaluation.machine import describe_machine, machine_facts
 from orchestrator.learning.looks import OTHER_TEXT, Settings
 from orchestrator.learning.planted import MISTAKES, Mistake, the_mistake
@@ -86,10 +87,10 @@ def run(args: argparse.Namespace) -> int:
     }
     results = plain(results)
     text = json.dumps(results, indent=2) + "\n"
-    write(folder / "results.json", lambda beside: beside.write_text(text, encoding="utf-8"))
-    write(folder / "table.md", lambda beside: beside.write_text(markdown_table(results) + "\n", encoding="utf-8"))
+    replace_text(folder / "results.json", text)
+    replace_text(folder / "table.md", markdown_table(results) + "\n")
     figure = chart(results)
-    write(folder / "mistakes.png", lambda beside: figure.savefig(beside, format="png", dpi=130))
+    replace_file(folder / "mistakes.png", lambda beside: figure.savefig(beside, format="png", dpi=130))
     if args.json:
         print(text, end="")
     say("\n".join([*screen_table(results), "", *noise_lines(results), ""]))
@@ -220,10 +221,3 @@ def chart(results: dict):
     settings = Settings(**results["settings"])
     title = f"Which check sees which mistake\n{recipe(settings)}; losses in nats per token above the floor"
     return mistakes_chart(rows, [heading for heading, _ in CHECKS.values()], title=title, groups=(1, 3, 5))
-
-
-def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Beside its place first, then renamed: a file is whole or not there."""
-    beside = path.with_name(f".{path.name}.partial")
-    save(beside)
-    os.replace(beside, path)

@@ -15,7 +15,6 @@ largest error as a part of that bound: 1.00 is the bound itself. A file of your 
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from datetime import datetime
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from CMHA.choosing import canonical_name
 from CMHA.implementations import IMPLEMENTATIONS
+from GPT2Model.files import replace_text
 from orchestrator.evaluation.grading import (
     cases_to_grade,
     common_to_failures,
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         "not_measured": unusable,
         "failures": [run.as_dict() for run in measurements if failed(run)][:1000],
     }
-    write(folder / "parity.json", json.dumps(plain(report), indent=2) + "\n")
+    replace_text(folder / "parity.json", json.dumps(plain(report), indent=2) + "\n")
     if rows:
         title = f"Error / bound, {len(cases):,} cases, {machine_facts(device)['device']}"
         parity_chart(rows, title=title).savefig(folder / "parity.png", dpi=130, bbox_inches="tight")
@@ -180,10 +180,3 @@ def explain(name: str, runs: list) -> None:
         print(f"  {run.case}: {run.failure or worst}")
     if common := common_to_failures(runs):
         print(f"  all of them, and not all cases, have: {', '.join(common)}")
-
-
-def write(path: Path, text: str) -> None:
-    """Beside its place first, then renamed: a file is whole or not there."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)

@@ -15,6 +15,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+from GPT2Model.files import replace_file
+
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = ("exercises/solutions", "tests/exercises", "tests/orchestrator/commands/test_check.py")
 STUBS, OWN_CLASSES = "exercises/adapters.py", "exercises/my_gpt2.py"
@@ -55,20 +57,20 @@ def make_bundle(root: Path, out: Path) -> tuple[list[str], list[str]]:
         raise ValueError(f"{STUBS} is not among the {len(names)} files of {root}: is it in git?")
     check_stubs(root)
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".{out.name}.partial")
-    try:
-        with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as bundle:
-            for name in packed:
-                entry = zipfile.ZipInfo(f"{FOLDER}/{name}", date_time=SAME_DAY)
-                entry.compress_type = zipfile.ZIP_DEFLATED
-                entry.create_system = 3  # Unix on every system, so that the rights below count and the bytes are equal
-                executable = os.access(root / name, os.X_OK)
-                entry.external_attr = (0o100755 if executable else 0o100644) << 16
-                bundle.writestr(entry, (root / name).read_bytes())
-        os.replace(beside, out)
-    finally:
-        beside.unlink(missing_ok=True)
+    replace_file(out, lambda beside: pack(beside, root, packed))
     return packed, [name for name in names if is_left_out(name)]
+
+
+def pack(bundle_file: Path, root: Path, names: list[str]) -> None:
+    """A zip whose bytes depend on the files alone, not on the day or the system."""
+    with zipfile.ZipFile(bundle_file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as bundle:
+        for name in names:
+            entry = zipfile.ZipInfo(f"{FOLDER}/{name}", date_time=SAME_DAY)
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            entry.create_system = 3  # Unix on every system, so that the rights below count and the bytes are equal
+            executable = os.access(root / name, os.X_OK)
+            entry.external_attr = (0o100755 if executable else 0o100644) << 16
+            bundle.writestr(entry, (root / name).read_bytes())
 
 
 def files_of(root: Path) -> list[str]:
