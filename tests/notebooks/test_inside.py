@@ -304,8 +304,19 @@ def test_diff_names_the_place_of_each_change(executed):
     assert "They part at blocks.1.feed_forward.hidden" in text
 
 
-def test_the_page_is_small_and_the_stepper_is_there(executed):
+def test_the_page_is_small(executed):
     size = numbers(r"zoe\.html: NUMBER kB; its own policy forbids every request: True", printed(executed, "zoe.html"))
     assert 50 < size[0] < 1000
-    outputs = the_cell(executed, "StepThrough(model, STORY").outputs
-    assert any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in outputs)
+
+
+def test_the_stepper_reads_the_story_as_it_was_trained_with_the_start_in_front(executed, seen, tokenizer):
+    outputs = the_cell(executed, "StepThrough(model, ").outputs
+    shown = [out.data for out in outputs if "application/vnd.jupyter.widget-view+json" in out.get("data", {})]
+    assert len(shown) == 1
+    text = shown[0]["text/plain"]
+    at = int(re.search(r"token (\d+), 'But'", text)[1])
+    chances = seen.logits[0, at].softmax(dim=-1)  # of the story with its start token: "But" stands at the same position
+    best = chances.topk(2)
+    for chance, word in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+        found = numbers(rf"probability of '{re.escape(tokenizer.decode([word]))}': NUMBER", text)
+        assert found[0] == pytest.approx(chance, abs=2e-4)

