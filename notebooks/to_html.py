@@ -28,7 +28,7 @@ from GPT2Model.files import replace_text
 HERE = Path(__file__).resolve().parent
 PAGES = HERE.parent / "docs" / "executed"
 LIMIT = 1_000_000  # bytes of a page
-COLOURS = 96  # of a picture: enough for figures, and a third of the bytes
+COLOURS = 192  # of a picture: enough for figures, and half of the bytes
 
 
 def page(notebook: Path) -> str:
