@@ -4,7 +4,9 @@ Without a command it is the main job; the commands are files in `orchestrator/co
 """
 
 import argparse
+import os
 import sys
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from orchestrator.text.corpora import NAMES, first_tokens, load_corpus, read_tex
 from orchestrator.training.first_model import TEXT, train_first_model
 
 EXIT_CODES = "Exit codes: 0 every step passed, 1 a step failed, 2 the command or its input was wrong, 130 interrupted."
+NOBODY_READS = 141  # what a shell reports of a program that ended because of `| head`: 128 + SIGPIPE
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -80,7 +83,21 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the main job; the exit code (see EXIT_CODES) is returned."""
+    """Run the main job, or a command; the exit code (see EXIT_CODES) is returned."""
+    try:
+        try:
+            code = run_arguments(argv)
+        except SystemExit:  # argparse, after --help
+            print(end="", flush=True)
+            raise
+        print(end="", flush=True)  # what is buffered: here, since nobody can catch an error when Python ends
+        return code
+    except BrokenPipeError:  # `| head` has read enough: an end, and nothing to complain of
+        turn_to_nowhere()
+        return NOBODY_READS
+
+
+def run_arguments(argv: list[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a console that is not UTF-8 must not end a run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -90,11 +107,28 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        raise
     except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
         if not _is_ours(error):
             raise  # a bug: its traceback is worth more than a short line
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def turn_to_nowhere() -> None:
+    """Send what the closed streams still hold to nowhere: Python flushes once more when it ends, and would complain.
+
+    Source: the note on SIGPIPE in the documentation of Python's `signal`.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            with suppress(OSError, ValueError):  # a stream without a file behind it: a notebook's
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
 
 
 def run_main_job(args: argparse.Namespace) -> int:

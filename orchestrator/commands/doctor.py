@@ -4,8 +4,9 @@
     python -m orchestrator doctor --device cuda     what the names would give on a CUDA device, here or not
     python -m orchestrator doctor --json            the same as data: for a bug report, or another program
 
-It says what is installed and really imports, what each name would give for training and for generation and why, whether
-flash-attn could be compiled, and the line that installs what is missing. The exit code is 0 whatever it finds.
+It says where GPT-2's vocabulary and weights come from, what is installed and really imports, what each name would give
+for training and for generation and why, whether flash-attn could be compiled, and the line that installs what is
+missing. No network is asked. The exit code is 0 whatever it finds.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from CMHA.choosing.names import AUTO
 from CMHA.request import MACHINE_CODES
 from orchestrator.evaluation.build_tools import gib
 from orchestrator.evaluation.doctor import PURPOSES, TOKENS, examine
+from orchestrator.evaluation.tokenizer_and_weights import wrong_files
 from orchestrator.report import plain
 
 HELP = "what this machine has, what each name of attention gives on it, what is missing"
@@ -55,6 +57,7 @@ def page(facts: dict) -> str:
     """All sections as text."""
     sections = [
         ("Machine", machine_rows(facts)),
+        ("Tokenizer and weights", text_rows(facts["tokenizer"], facts["weights"])),
         ("Packages for attention", package_rows(facts["packages"])),
         attention_section(facts["attention"]),
         ("Why", why_rows(facts["attention"]["names"])),
@@ -100,6 +103,27 @@ def describe_device(device: dict) -> str:
     has_bf16 = "" if bf16 is None else f", bf16 instructions: {', '.join(bf16) or 'none (right, and slow)'}"
     memory = f"{gib(device['memory_bytes'])} of memory, {gib(device['memory_available_bytes'])} available"
     return f"{device['name']}, {device['cores']} cores, {device['capability']}{has_bf16}; {memory}"
+
+
+def text_rows(vocabulary: dict, weights: dict) -> list[str]:
+    """Where the vocabulary and the weights come from, and whether they are there."""
+    folder, remedy, wrong = vocabulary["folder"], vocabulary["remedy"], ", ".join(wrong_files(vocabulary))
+    if wrong:
+        state = f"WRONG: {wrong} in {folder} is not as OpenAI published it. What to do: {remedy}"
+    elif folder:
+        state = f"from {vocabulary['source']}, checksums right, no network needed: {folder}"
+    else:
+        state = f"not here: it is downloaded at first use. Without a network: {remedy}"
+    version, other = weights["huggingface_hub"], weights["transformers"]
+    cached = ", ".join(weights["cached"]) or "none of them"
+    hub = f'{version or "":16} needed only for names such as "gpt2"; on this machine already: {cached}'
+    if version is None:
+        hub = f'not installed, and needed only for names such as "gpt2". What to do: {weights["remedy"]}'
+    elif weights["error"]:
+        hub = f"{version}, but it does not import: {weights['error']}. What to do: {weights['remedy']}"
+    compared = f"{other or 'not installed':16} needed only by the tests: they compare with its GPT-2"
+    rows = [("vocabulary", state, 0), ("huggingface_hub", hub, 17 * (weights["remedy"] is None))]
+    return [line for cells in [*rows, ("transformers", compared, 17)] for line in row(*cells)]
 
 
 def package_rows(packages: dict[str, dict]) -> list[str]:

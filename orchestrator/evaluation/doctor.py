@@ -19,6 +19,7 @@ from CMHA.packages import PACKAGES, find
 from CMHA.request import MACHINE_CODES, AttentionRequest, capability_of
 from orchestrator.evaluation.build_tools import Finding, look_at_build_tools, read_memory
 from orchestrator.evaluation.machine import check_device, cpu_name
+from orchestrator.evaluation.tokenizer_and_weights import find_vocabulary, find_weights, missing_for_text
 
 TOKENS = 1024
 # GPT-2's calls: what each asks beyond device and dtype. Reading the prompt is a forward pass without a backward pass.
@@ -37,11 +38,12 @@ def examine(device: str = "auto", dtype: torch.dtype | None = None) -> dict:
         device: "cpu", "cuda" or "mps", here or not; "auto": the one that a run takes here.
         dtype: of queries, keys and values; None: what people use on the device.
     Returns:
-        JSON-ready dict: machine, torch, devices, packages, attention, build {name: Finding as a dict}, missing.
+        JSON-ready dict: machine, torch, devices, tokenizer, weights, packages, attention, build {name: Finding as a
+        dict}, missing.
     """
     device = check_device("auto") if device == "auto" else device
     dtype = dtype or usual_dtype(device)
-    build = look_at_build_tools()
+    build, vocabulary, weights = look_at_build_tools(), find_vocabulary(), find_weights()
     return {
         "machine": {
             "system": f"{platform.system()} {platform.release()}",
@@ -50,10 +52,12 @@ def examine(device: str = "auto", dtype: torch.dtype | None = None) -> dict:
         },
         "torch": about_torch(),
         "devices": devices(),
+        "tokenizer": vocabulary,
+        "weights": weights,
         "packages": packages(),
         "attention": attention(device, dtype),
         "build": {name: asdict(finding) for name, finding in build.items()},
-        "missing": missing(device, dtype, build),
+        "missing": missing_for_text(vocabulary, weights) + missing(device, dtype, build),
     }
 
 

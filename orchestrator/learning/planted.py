@@ -8,9 +8,10 @@ mistake as well as models built inside. `MISTAKES` says of each what it is, the 
 easily made; `orchestrator/learning/symptoms.py` computes by which check it is seen.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from CMHA import cmha
@@ -22,6 +23,8 @@ from orchestrator.learning import wrong_code
 from orchestrator.training import loop
 from TransformerBlock.layers import GELU, LayerNorm
 from TransformerBlock.transformer_block import TransformerBlock
+
+logger = logging.getLogger("orchestrator")
 
 PLACES = ("attention", "block", "model", "training", "generation")
 EVERYWHERE = "every implementation"
@@ -242,6 +245,7 @@ MISTAKES: dict[str, Mistake] = {mistake.name: mistake for mistake in _ALL}
 
 _active: list[Mistake] = []
 _right_code: dict[tuple[Any, str], Any] = {}
+_settled: set[str] = set()  # active mistakes that have acted, or of which it was said that they do not
 
 
 @contextmanager
@@ -250,6 +254,8 @@ def planted(mistake: str | Mistake) -> Iterator[Mistake]:
 
     Different ones may be nested. It acts on the whole process: in other threads as well, and not in other processes.
     A model that was *built* under `head_untied` keeps the head that it was built with: that is weights, not code.
+    One that acts under some implementations of attention only (`Mistake.implementations`) warns, once in each `with`,
+    if the first pass runs under another, where it changes nothing.
 
     Args:
         mistake: a name of `MISTAKES`, or a Mistake of your own.
@@ -273,6 +279,7 @@ def planted(mistake: str | Mistake) -> Iterator[Mistake]:
         yield mistake
     finally:
         _active.remove(mistake)
+        _settled.discard(mistake.name)
         _write()
 
 
@@ -295,7 +302,44 @@ def _write() -> None:
         setattr(owner, attribute, right)
     _right_code.clear()
     for mistake in _active:
-        for patch in mistake.patches:
+        for patch in (*mistake.patches, *watch(mistake)):
             now = vars(patch.owner)[patch.attribute]
             _right_code.setdefault((patch.owner, patch.attribute), now)
             setattr(patch.owner, patch.attribute, patch.make(now))
+
+
+def watch(mistake: Mistake) -> tuple[Patch, ...]:
+    """What warns of a pass in which the mistake changes nothing, where there are such passes.
+
+    Why not on entering: only a pass shows which implementation runs; a warning that is always there is read by nobody.
+    """
+    if mistake.implementations is None:
+        return ()
+
+    def make(choose: Callable) -> Callable:
+        def watched_choose(settings, request):
+            choice = choose(settings, request)
+
+            def attention(*tensors, **options):
+                settle(mistake, choice.chosen)
+                return choice.attention(*tensors, **options)
+
+            return replace(choice, attention=attention)
+
+        return watched_choose
+
+    return attention_patch(make, "watch")
+
+
+def settle(mistake: Mistake, ran: str) -> None:
+    """Say once, at the first pass, that a mistake does not act there."""
+    if mistake.name in _settled:
+        return
+    _settled.add(mistake.name)
+    if ran not in mistake.implementations:
+        acts = mistake.implementations[0]
+        logger.warning(
+            "planted(%r) changes nothing here: attention ran by %s, and the mistake "
+            'acts under %s only. Do: with model.using_attention("%s"), planted("%s"): ...',
+            mistake.name, ran, " and ".join(mistake.implementations), acts, mistake.name,
+        )  # fmt: skip

@@ -2,6 +2,10 @@
 
 The page is `explorer.html` with the data of `trace_format.py` put in. Its security policy allows that one script and
 that one style sheet, by their hashes, and no request of any kind.
+
+Two things are said on the page. Its colours follow the square root of a weight, so that small ones are seen; those of
+`attention_sheet` are linear, so one map does not look the same in both. And what a mask hides is hatched, as there: its
+weight is 0 because nobody asked that key, not because it did not fit.
 """
 
 import base64
@@ -13,6 +17,8 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
+from GPT2Model.trace_values import Trace
+from orchestrator.views.checks import check_trace, kind_of
 from orchestrator.views.trace_format import trace_data
 
 
@@ -27,8 +33,14 @@ def export_html(trace, path, model=None, tokenizer=None, *, sequence: int = 0, b
     Returns:
         the path. For 12 layers of 12 heads and 32 tokens the file has about 0.6 MB.
     Raises:
+        TypeError: arguments in another order, or of another kind.
         ValueError: what `trace_data` raises. FileNotFoundError: no such folder.
     """
+    if isinstance(path, Trace):
+        raise TypeError("the trace comes first, then the file: export_html(trace, path); they are exchanged.")
+    check_trace(trace)
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"the file comes second: export_html(trace, path, model, tokenizer); got {kind_of(path)}.")
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}: make it first.")

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import Rectangle
+from torch import nn
 
 from GPT2Model.tracing import Trace, trace
+from orchestrator.views.checks import check_tokenizer, is_model, kind_of
 from orchestrator.views.figures import ORANGE
 from orchestrator.views.trace_figures import attention_head
 from orchestrator.views.trace_format import TEMPERATURES, looked_at, next_tokens, tensors_of_layer, trace_data
@@ -158,10 +160,12 @@ class StepThrough:
         controls: the widgets by name: layer, head, token, temperature, implementation, use_flash.
         run: the `Run` that is shown.
     Raises:
-        ImportError: ipywidgets is missing. ValueError: what `trace` and `trace_data` raise.
+        ImportError: ipywidgets is missing. TypeError: arguments in another order, or of another kind.
+        ValueError: what `trace` and `trace_data` raise.
     """
 
     def __init__(self, model, text, tokenizer=None):
+        check_arguments(model, text, tokenizer)
         widgets = import_widgets()
         self.model, self.text, self.tokenizer = model, text, tokenizer
         self.run = run(model, text, tokenizer)
@@ -221,9 +225,30 @@ class StepThrough:
             for heading, lines in describe(self.run, **values)
         )
 
+    def __repr__(self) -> str:
+        values, data = self.values(), self.run.data
+        text = data["text"] if len(data["text"]) <= 40 else data["text"][:39] + "\N{HORIZONTAL ELLIPSIS}"
+        return (
+            f"StepThrough of {text!r}, {len(data['tokens'])} tokens. It shows layer {values['layer']}, head "
+            f"{values['head']}, token {values['token']} ({data['tokens'][values['token']]!r}), temperature "
+            f"{values['temperature']:.2f}, attention by {data['implementation']}. Its sliders need a notebook: open it "
+            "in JupyterLab (python -m jupyterlab), VS Code or Colab, as the last line of a cell."
+        )
+
     def _repr_mimebundle_(self, **kwargs):
-        text = "\n\n".join(f"{heading}\n{lines}" for heading, lines in describe(self.run, **self.values()))
+        described = [f"{heading}\n{lines}" for heading, lines in describe(self.run, **self.values())]
+        text = "\n\n".join([repr(self), *described])
         return self.box._repr_mimebundle_(**kwargs) | {"text/plain": text}  # the text is for where no widget can be
+
+
+def check_arguments(model, text, tokenizer) -> None:
+    """Raise TypeError for what a first try gets wrong, in words."""
+    order = "StepThrough(model, text, tokenizer)"
+    if not is_model(model):
+        raise TypeError(f"the model comes first, and is a GPTModel; got {kind_of(model)}: {order}.")
+    if text is None or isinstance(text, type | nn.Module) or (hasattr(text, "encode") and not isinstance(text, str)):
+        raise TypeError(f"the text comes second: a str, or the ids of one; got {kind_of(text)}: {order}.")
+    check_tokenizer(tokenizer, encode=isinstance(text, str))
 
 
 def import_widgets():

@@ -9,6 +9,7 @@
                          that can be chosen, to a relative 4e-6, whatever the size of the vocabulary
     logit lens           the `LENS_TOP` likeliest tokens after each block, if a model is given
     norms, statistics    six digits
+    hidden keys          a bit for each cell, one table where all heads hide the same
 
 Attention is stored as the lower triangle where nothing lies above the diagonal, and whole where something does.
 """
@@ -20,6 +21,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from orchestrator.views.checks import check_model, check_tokenizer, check_trace
+from orchestrator.views.trace_figures import hidden_keys
 
 FORMAT, VERSION = "gpt2-trace", 1
 TEMPERATURES = tuple(round(0.05 * i, 2) for i in range(1, 41))  # 0.05 to 2.00
@@ -50,8 +54,12 @@ def trace_data(trace, model=None, tokenizer=None, sequence: int = 0, *, bits: in
         sequence: which row of the batch.
         bits: 16, or 8 for a page of half the size: weights are then off by up to 0.002.
     Raises:
-        ValueError: no attention weights in the trace, a number that is not finite, a row that is not there, too much.
+        TypeError: arguments in another order, or of another kind.
+        ValueError: no attention weights in the trace, a number that is not finite, a row that is not there, too much,
+            or a model that is not the trace's.
     """
+    check_trace(trace)
+    check_tokenizer(tokenizer)
     rows, tokens = trace.ids.shape
     if not 0 <= sequence < rows:
         raise ValueError(f"sequence={sequence}: the trace has {rows} rows, counted from 0.")
@@ -75,6 +83,8 @@ def trace_data(trace, model=None, tokenizer=None, sequence: int = 0, *, bits: in
             f"than a page can show: at most {LIMIT:,}. Trace a shorter text."
         )
     logits = checked(trace.logits[sequence], "logits").double()
+    if model is not None:
+        check_model(model, trace)
     decode = decoder(tokenizer, trace.cfg["vocab_size"])
     ids = trace.ids[sequence].tolist()
     following = next_token_data(logits, ids)
@@ -90,7 +100,8 @@ def trace_data(trace, model=None, tokenizer=None, sequence: int = 0, *, bits: in
         "text": decode(ids),
         "implementation": trace.implementation,
         "recomputed": any(trace.values[name].recomputed for name in layer_names(trace, "attention.weights")),
-        "attention": attention_data(weights, attention_tensors(trace, "scores", sequence), bits),
+        "attention": attention_data(weights, attention_tensors(trace, "scores", sequence), bits)
+        | hidden_data(trace, weights, sequence),
         "next": following,
         "lens": lens,
         "norms": norm_data(trace, sequence),
@@ -139,6 +150,20 @@ def attention_data(weights: np.ndarray, scores: np.ndarray | None, bits: int) ->
         data["scores"] = packed((scores - low[..., None, None]) / step[..., None, None], bits, triangle)
         data["score_low"], data["score_step"] = low.tolist(), step.tolist()
     return data
+
+
+def hidden_data(trace, weights: np.ndarray, sequence: int) -> dict:
+    """Which cells a mask hides, as the figures see it: a weight of 0 because nobody asked, not because it did not fit.
+
+    A bit for each cell, the first in the highest bit of a byte; each table begins with a byte of its own.
+    """
+    layers, heads, tokens, _ = weights.shape
+    tables = [hidden_keys(trace, layer, head, sequence) for layer in range(layers) for head in range(heads)]
+    hidden = np.stack(tables) & (weights.reshape(-1, tokens, tokens) == 0)  # a patch may have put a weight there
+    if (hidden == hidden[0]).all():
+        hidden = hidden[:1]
+    bits = np.packbits(hidden.reshape(len(hidden), -1), axis=1)
+    return {"masks": len(hidden), "hidden": base64.b64encode(bits.tobytes()).decode("ascii")}
 
 
 def packed(values: np.ndarray, bits: int, triangle: bool) -> str:
@@ -254,13 +279,27 @@ def head_scores(data: dict, layer: int, head: int) -> np.ndarray | None:
     return scores
 
 
-def unpacked(data: dict, part: str, layer: int, head: int) -> np.ndarray:
+def head_hidden(data: dict, layer: int, head: int) -> np.ndarray:
+    """(T, T) bool: the keys that the mask hides from each query of one head."""
     attention = data["attention"]
+    check_head(attention, layer, head)
+    cells = attention["tokens"] ** 2
+    tables = np.frombuffer(base64.b64decode(attention["hidden"]), dtype="u1").reshape(attention["masks"], -1)
+    table = tables[layer * attention["heads"] + head if attention["masks"] > 1 else 0]
+    return np.unpackbits(table, count=cells).astype(bool).reshape(attention["tokens"], -1)
+
+
+def check_head(attention: dict, layer: int, head: int) -> None:
     if not (0 <= layer < attention["layers"] and 0 <= head < attention["heads"]):
         raise ValueError(
             f"layer {layer}, head {head}: this trace has layers 0 to {attention['layers'] - 1} and heads 0 to "
             f"{attention['heads'] - 1}."
         )
+
+
+def unpacked(data: dict, part: str, layer: int, head: int) -> np.ndarray:
+    attention = data["attention"]
+    check_head(attention, layer, head)
     tokens = attention["tokens"]
     size = tokens * (tokens + 1) // 2 if attention["triangle"] else tokens * tokens
     codes = np.frombuffer(base64.b64decode(attention[part]), dtype="<u2" if attention["bits"] == 16 else "u1")

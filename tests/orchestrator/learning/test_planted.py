@@ -162,6 +162,65 @@ def test_what_transformers_can_be_told_to_do_wrong_is_the_same_there(name, chang
         torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=0, atol=1e-9)
 
 
+# ------------------------------------------------------------------ where it changes nothing, it says so
+
+
+def said(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "orchestrator"]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "flash_tiled"])
+@pytest.mark.parametrize("name", IN_EAGER)
+@torch.no_grad()
+def test_where_it_does_not_act_it_says_so_once_and_what_to_do(name, implementation, model, ids, caplog):
+    right = formula(model, ids)
+    with model.using_attention(implementation), planted(name):
+        assert said(caplog) == []  # a pass shows it, not the with
+        torch.testing.assert_close(model(ids), right, rtol=0, atol=1e-9)
+        with planted("exact_gelu"):
+            model(ids)
+        model(ids)
+        (warning,) = said(caplog)
+    assert f"planted('{name}') changes nothing here: attention ran by {implementation}" in warning
+    advice = f'with model.using_attention("eager"), planted("{name}"):'
+    assert advice in warning
+    with model.using_attention(implementation), planted(name):  # another with, another warning
+        model(ids)
+    assert said(caplog) == [warning, warning]
+    caplog.clear()
+    with model.using_attention("eager"), planted(name):  # as it advises
+        assert (model(ids) - right).abs().max() > 1e-4
+    assert said(caplog) == []
+
+
+@torch.no_grad()
+def test_where_it_has_acted_a_look_at_another_implementation_is_no_mistake(model, ids, caplog):
+    with planted("mask_after_softmax"):
+        for implementation in ("eager", "sdpa"):
+            with model.using_attention(implementation):
+                model(ids)
+    assert said(caplog) == []
+
+
+@pytest.mark.parametrize("name", [name for name in MISTAKES if name not in IN_EAGER])
+@torch.no_grad()
+def test_those_that_act_everywhere_never_warn(name, model, ids, caplog):
+    for implementation in THREE:
+        with model.using_attention(implementation), planted(name):
+            model(ids)
+            GPTModel(CFG)
+    assert said(caplog) == []
+
+
+@torch.no_grad()
+def test_building_a_model_or_asking_for_its_attention_is_no_pass(model, ids, caplog):
+    with planted("mask_after_softmax"):
+        GPTModel(CFG)
+        model.blocks[0].attention.choice()
+        model.attention_report()
+    assert said(caplog) == []
+
+
 # ------------------------------------------------------------------ nothing stays
 
 

@@ -111,6 +111,36 @@ def test_a_file_is_replaced_whole_and_nothing_is_left_beside_it(traced, tmp_path
     assert [file.name for file in tmp_path.iterdir()] == ["trace.html"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        (
+            lambda t, path, model: (path, t),
+            TypeError,
+            r"trace comes first.*export_html\(trace, path\); they are exchanged",
+        ),
+        (lambda t, path, model: (str(path), t, model), TypeError, "they are exchanged"),
+        (lambda t, path, model: (model, path), TypeError, "the trace comes first: .* got GPTModel"),
+        (lambda t, path, model: (t, model, path), TypeError, "the file comes second: .* got GPTModel"),
+        (lambda t, path, model: (t, path, Letters(), model), TypeError, "got GPTModel"),
+        (lambda t, path, model: (t, path, model, Letters), TypeError, r"make one, Letters\(\)"),
+        (lambda t, path, model: (t, path, changed(model, n_layers=3)), ValueError, r"n_layers 2 \(this model: 3\)"),
+        (lambda t, path, model: (t, path, changed(model)), ValueError, "does not give the trace's logits"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_in_words_and_nothing_is_written(
+    arguments, kind, message, traced, tmp_path
+):
+    with pytest.raises(kind, match=message):
+        export_html(*arguments(traced[0], tmp_path / "trace.html", traced[1]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def changed(model, **changes):
+    torch.manual_seed(7)
+    return GPTModel({**model.cfg, **changes}).eval()
+
+
 def test_where_nothing_can_be_written_it_says_so(traced, tmp_path):
     with pytest.raises(FileNotFoundError, match="make it first"):
         export_html(traced[0], tmp_path / "nowhere" / "trace.html")

@@ -157,6 +157,58 @@ def test_where_no_widget_can_be_shown_there_is_the_text(stepper):
     assert "probability of" in bundle["text/plain"]
 
 
+def test_printed_it_says_what_it_is_what_it_shows_now_and_where_to_open_it(stepper):
+    assert repr(stepper) == str(stepper)
+    for part in (
+        f"StepThrough of '{TEXT}', 7 tokens",
+        "layer 0, head 0, token 6 ('Hugo')",
+        "temperature 1.00",
+        "sdpa",
+    ):
+        assert part in repr(stepper)
+    for name, value in {"layer": 1, "head": 3, "token": 2, "temperature": 0.7, "implementation": "flash_tiled"}.items():
+        stepper.controls[name].value = value
+    kind = TalesTokenizer().decode([stepper.run.trace.ids[0, 2].item()])
+    for part in ("layer 1, head 3", f"token 2 ({kind!r})", "temperature 0.70", "attention by flash_tiled"):
+        assert part in repr(stepper)
+    assert "open it in JupyterLab" in repr(stepper)
+    assert stepper._repr_mimebundle_()["text/plain"].startswith(repr(stepper))
+
+
+def test_a_long_text_is_cut(model):
+    long = repr(StepThrough(model, TalesTokenizer().encode(TEXT) * 9, TalesTokenizer()))
+    assert long.startswith(f"StepThrough of '{TEXT} ")
+    assert "\N{HORIZONTAL ELLIPSIS}', 63 tokens. It shows" in long
+    assert long.count("Hugo") == 2  # in the text, and the token
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            lambda model: (TEXT, model, TalesTokenizer()),
+            "the model comes first, and is a GPTModel; got str: StepThrough",
+        ),
+        (lambda model: (TalesTokenizer(), TEXT, model), "the model comes first, .* got TalesTokenizer"),
+        (lambda model: (GPTModel, TEXT, TalesTokenizer()), "got the class GPTModel"),
+        (lambda model: (torch.nn.Linear(2, 2), TEXT), "the model comes first, .* got Linear"),
+        (lambda model: (model, TalesTokenizer(), TEXT), "the text comes second: .* got TalesTokenizer: StepThrough"),
+        (lambda model: (model, None, TalesTokenizer()), "the text comes second: .* got NoneType"),
+        (lambda model: (model, model, TalesTokenizer()), "the text comes second: .* got GPTModel"),
+        (lambda model: (model, TEXT, TalesTokenizer), r"make one, TalesTokenizer\(\)"),
+        (lambda model: (model, TEXT, "gpt2"), "tokenizer has decode.* got str"),
+    ],
+)
+def test_arguments_in_another_order_or_of_another_kind_are_told_in_words(arguments, message, model):
+    with pytest.raises(TypeError, match=message):
+        StepThrough(*arguments(model))
+
+
+def test_a_vocabulary_that_is_not_the_models_is_told_in_words(model):
+    with pytest.raises(ValueError, match="pass its tokenizer="):
+        StepThrough(model, TEXT)
+
+
 def test_without_ipywidgets_it_says_how_to_get_it(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     with pytest.raises(ImportError, match="pip install ipywidgets"):

@@ -13,6 +13,7 @@ from GPT2Model.tracing import trace, zero_heads
 from orchestrator.views.trace_format import (
     LIMIT,
     TEMPERATURES,
+    head_hidden,
     head_scores,
     head_weights,
     looked_at,
@@ -156,6 +157,42 @@ def test_weights_above_the_diagonal_are_kept_where_there_are_any(model, ids):
     np.testing.assert_allclose(head_scores(data, 0, 1), exact, rtol=0, atol=data["attention"]["score_step"][0][1])
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_hidden_are_the_future_and_the_padding_and_a_seen_weight_of_0_is_not(implementation, model, ids):
+    real = torch.ones(2, TOKENS, dtype=torch.bool)
+    real[1, :4] = False
+    rows, columns = np.indices((TOKENS, TOKENS))
+    with model.using_attention(implementation):
+        t = trace(model, ids, padding_mask=real, recompute=True)
+    for row, expected in enumerate([columns > rows, (columns > rows) | (columns < 4)]):
+        data = json.loads(json.dumps(trace_data(t, sequence=row)))
+        assert data["attention"]["masks"] == 1  # the same for all heads: kept once
+        for layer, head in np.ndindex(LAYERS, HEADS):
+            np.testing.assert_array_equal(head_hidden(data, layer, head), expected)
+
+
+def test_what_each_head_hides_is_kept_where_they_differ_and_a_weight_is_never_hidden(model, ids):
+    def hide_one(scores):
+        scores[:, 2, 6, 3] = torch.finfo(scores.dtype).min
+        return scores
+
+    with model.using_attention("eager"):
+        one = trace_data(trace(model, ids, patch={"blocks.1.attention.masked_scores": hide_one}))
+        seeing = trace_data(trace(model, ids, patch={NAMES[0]: lambda weights: torch.full_like(weights, 1 / TOKENS)}))
+    future = np.triu(np.ones((TOKENS, TOKENS), bool), 1)
+    for layer, head in np.ndindex(LAYERS, HEADS):
+        expected = future.copy()
+        expected[6, 3] = (layer, head) == (1, 2)
+        np.testing.assert_array_equal(head_hidden(one, layer, head), expected)
+        np.testing.assert_array_equal(head_hidden(seeing, layer, head), future if layer else False)
+
+
+def test_without_masked_scores_the_future_of_weight_0_is_hidden(model, ids):
+    with model.using_attention("eager"):
+        t = trace(model, ids, names=["*.weights"])
+    np.testing.assert_array_equal(head_hidden(trace_data(t), 1, 1), np.triu(np.ones((TOKENS, TOKENS), bool), 1))
+
+
 def test_a_fused_implementation_has_no_weights_until_they_are_computed_again(model, ids, traced):
     with model.using_attention("sdpa"):
         with pytest.raises(ValueError, match=r"sdpa forms none.*recompute=True"):
@@ -180,6 +217,76 @@ def test_without_a_model_there_is_no_lens_and_without_a_tokenizer_ids_are_the_te
     assert data["tokens"] == [str(i) for i in ids[0].tolist()]
     assert all(text == i for i, text in data["vocabulary"].items())
     assert data["text"] == " ".join(str(i) for i in ids[0].tolist())
+
+
+# ------------------------------------------------------------------ the model of the trace
+
+
+def other_model(model, **changes):
+    torch.manual_seed(7)
+    return GPTModel({**model.cfg, **changes}).eval()
+
+
+def test_a_model_of_the_same_sizes_that_does_not_give_the_traces_logits_is_refused(model, traced):
+    with pytest.raises(ValueError, match=r"does not give the trace's logits: .* off by up to \d.*no logit lens"):
+        trace_data(traced, other_model(model))
+    trained = other_model(model)
+    trained.load_state_dict(model.state_dict())
+    assert trace_data(traced, trained)["lens"] is not None  # the same weights: the same model
+    with torch.no_grad():
+        trained.final_norm.weight[3] += 0.01
+    with pytest.raises(ValueError, match="one that was trained since"):
+        trace_data(traced, trained)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_in_every_dtype_the_model_of_the_trace_is_its_own(dtype, model, ids):
+    copy = other_model(model)
+    copy.load_state_dict(model.state_dict())
+    copy = copy.to(dtype)
+    assert trace_data(trace(copy, ids, recompute=True), copy, sequence=1)["lens"] is not None
+    with pytest.raises(ValueError, match="does not give"):
+        trace_data(trace(copy, ids, recompute=True), other_model(model).to(dtype))
+
+
+@pytest.mark.parametrize("name", ["blocks.1.output", "final_norm", "logits", "blocks.0.attention.context"])
+def test_a_patched_trace_is_still_its_models(name, model, ids):
+    with model.using_attention("eager"):
+        patched = trace(model, ids, patch={name: lambda tensor: tensor + 0.5})
+    assert not torch.equal(patched.logits, model(ids))
+    assert trace_data(patched, model)["lens"] is not None
+    if name != "logits":
+        with pytest.raises(ValueError, match="does not give"):
+            trace_data(patched, other_model(model))
+
+
+def test_a_model_of_other_sizes_is_refused_with_the_sizes(model, traced):
+    with pytest.raises(
+        ValueError, match=r"emb_dim 24 \(this model: 48\), n_layers 2 \(this model: 1\): pass the model"
+    ):
+        trace_data(traced, other_model(model, emb_dim=48, n_layers=1))
+
+
+class Letters:
+    def decode(self, ids):
+        return "".join(chr(65 + i % 26) for i in ids)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda t, model: ("page.html", t), "the trace comes first: .* got str"),
+        (lambda t, model: (model,), "the trace comes first: .* got GPTModel"),
+        (lambda t, model: (t, Letters(), model), "got GPTModel|got Letters"),
+        (lambda t, model: (t, torch.nn.Linear(2, 2)), "model is the GPTModel that was traced; got Linear"),
+        (lambda t, model: (t, GPTModel), "got the class GPTModel"),
+        (lambda t, model: (t, model, Letters), r"tokenizer is the class Letters: make one, Letters\(\)"),
+        (lambda t, model: (t, model, "gpt2"), "tokenizer has decode.* got str"),
+    ],
+)
+def test_arguments_in_another_order_or_of_another_kind_are_told_in_words(arguments, message, traced, model):
+    with pytest.raises(TypeError, match=message):
+        trace_data(*arguments(traced, model))
 
 
 def test_nan_is_refused_with_where_to_look(model, ids):
