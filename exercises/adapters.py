@@ -165,7 +165,8 @@ def tiled_attention(
         tile_size: keys in a tile. The last tile is shorter if key_len is no multiple. (All queries at once.)
     Returns: output (B, H, query_len, D); log_sum_exp (B, H, query_len), natural logarithm. A query that sees nothing:
         output exactly 0, log_sum_exp -inf (the logarithm of an empty sum), and no NaN.
-    Deliverable: no table of query_len by key_len numbers at any time; the check watches that.
+    Deliverable: no table of query_len by key_len numbers at any time, and of one query not all key_len scores either;
+        the check watches that.
     Tip: begin with 4 keys in tiles of 2 and one query, and print m, l and O after each tile.
     Source: FlashAttention-2 (Dao, 2023), algorithm 1. Notebook: `attention.ipynb`, sections 4 and 5.
     """

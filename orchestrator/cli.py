@@ -19,7 +19,10 @@ from orchestrator.report import Run
 from orchestrator.text.corpora import NAMES, first_tokens, load_corpus, read_text
 from orchestrator.training.first_model import TEXT, train_first_model
 
-EXIT_CODES = "Exit codes: 0 every step passed, 1 a step failed, 2 the command or its input was wrong, 130 interrupted."
+EXIT_CODES = (
+    "Exit codes: 0 every step passed, 1 a step failed, 2 the command or its input was wrong, 130 interrupted,\n"
+    "141 nobody read what it printed."
+)
 NOBODY_READS = 141  # what a shell reports of a program that ended because of `| head`: 128 + SIGPIPE
 
 

@@ -17,6 +17,7 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
+from GPT2Model.files import replace_text
 from GPT2Model.trace_values import Trace
 from orchestrator.views.checks import check_trace, kind_of
 from orchestrator.views.trace_format import trace_data
@@ -47,9 +48,7 @@ def export_html(trace, path, model=None, tokenizer=None, *, sequence: int = 0, b
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name a file in it, such as {path / 'trace.html'}.")
     page = page_of(trace_data(trace, model, tokenizer, sequence, bits=bits))
-    beside = path.with_name(f".{path.name}.partial")  # first beside its place, then renamed: whole or not there
-    beside.write_text(page, encoding="utf-8", newline="\n")
-    os.replace(beside, path)
+    replace_text(path, page)
     return path
 
 

@@ -37,6 +37,7 @@ def logit_lens(model, trace, tokenizer, sequence: int = 0) -> Figure:
         tokenizer: the model's, to write ids as text.
         sequence: which one of the batch.
     Raises:
+        TypeError: a tokenizer that is none.
         KeyError: one of the values is not in the trace.
         ValueError: there is no such sequence, or trace and tokenizer are not this model's.
     Source: nostalgebraist, "interpreting GPT: the logit lens" (2020).
@@ -97,6 +98,7 @@ def sampling_steps(
         tokenizer: the model's.
         temperature, top_k, top_p: as in `generate`; temperature 0 takes the largest logit.
     Raises:
+        TypeError: a tokenizer that is none.
         ValueError: logits of another shape, another vocabulary, or an argument that makes no sense.
     Source: top-p is "The Curious Case of Neural Text Degeneration" (Holtzman et al., 2019).
     """
@@ -168,6 +170,7 @@ def embedding_neighbours(model, tokenizer, word: str, count: int = 10) -> Figure
         word: one token; with GPT-2's tokenizer a word inside a sentence begins with a space: " king".
         count: how many neighbours.
     Raises:
+        TypeError: a tokenizer that is none.
         ValueError: the word is not one token, a count below 1, or another vocabulary.
     """
     table = model.token_embedding.weight.detach().float().cpu()
@@ -229,7 +232,20 @@ def write_beside(axes: Axes, value: float, row: int, text: str, colour: str) -> 
 # ---------------------------------------------------------------- what a user may get wrong
 
 
+def check_tokenizer(tokenizer) -> None:
+    """Raises TypeError for None, for the class instead of one of it, and for what cannot write ids as text."""
+    if isinstance(tokenizer, type):
+        raise TypeError(f"tokenizer is the class {tokenizer.__name__}: make one, {tokenizer.__name__}().")
+    if not hasattr(tokenizer, "vocab_size") or not callable(getattr(tokenizer, "decode", None)):
+        got = "None" if tokenizer is None else type(tokenizer).__name__
+        raise TypeError(
+            f"tokenizer must be the one that the model was trained with, to write ids as text; got {got}. "
+            "GPT-2's own is GPT2Model.tokenizer.get_tokenizer()."
+        )
+
+
 def check_vocabulary(tokenizer, vocab_size: int) -> None:
+    check_tokenizer(tokenizer)
     if tokenizer.vocab_size != vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model {vocab_size}: pass the tokenizer that the "
@@ -258,7 +274,8 @@ def one_token(tokenizer, word: str) -> int:
 
 
 def check_sampling(logits: Tensor, tokenizer, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raise one ValueError that lists everything wrong with a call of sampling_steps()."""
+    """Raise one ValueError that lists everything wrong with a call of sampling_steps(); TypeError: no tokenizer."""
+    check_tokenizer(tokenizer)
     problems = []
     if not isinstance(logits, Tensor) or logits.ndim != 1:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

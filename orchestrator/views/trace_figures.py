@@ -7,6 +7,7 @@ its names. A key that the mask hides is hatched: its weight is 0 because nobody 
 import math
 import textwrap
 from collections.abc import Sequence
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -36,8 +37,10 @@ def attention_sheet(trace, layer: int | None = None, sequence: int = 0) -> Figur
         sequence: which one of the batch.
     Raises:
         KeyError: no weights in the trace (a fused implementation makes none: `recompute=True`).
-        ValueError: there is no such sequence.
+        ValueError: there is no such layer or sequence.
     """
+    if layer is not None:
+        check_layer(trace, layer)
     wanted = "*" if layer is None else str(layer)
     layers = [int(name.split(".")[1]) for name in trace.names(f"blocks.{wanted}.attention.weights")]
     if not layers:
@@ -99,8 +102,9 @@ def attention_head(trace, layer: int, head: int, sequence: int = 0) -> Figure:
         trace: with `blocks.LAYER.attention.weights`.
         layer, head, sequence: which one.
     Raises:
-        KeyError: no weights in the trace. ValueError: there is no such head or sequence.
+        KeyError: no weights in the trace. ValueError: there is no such layer, head or sequence.
     """
+    check_layer(trace, layer)
     name = f"blocks.{layer}.attention.weights"
     weights = one_head(trace, name, head, sequence)
     words = token_labels(trace, sequence)
@@ -125,9 +129,10 @@ def score_steps(trace, layer: int, head: int, sequence: int = 0) -> Figure:
         trace: with `scores`, `masked_scores` and `weights` of the layer.
         layer, head, sequence: which one.
     Raises:
-        KeyError: they are not in the trace. ValueError: there is no such head or sequence.
+        KeyError: they are not in the trace. ValueError: there is no such layer, head or sequence.
     Source: "Attention Is All You Need" (Vaswani et al., 2017), equation 1.
     """
+    check_layer(trace, layer)
     names = [f"blocks.{layer}.attention.{what}" for what in ("scores", "masked_scores", "weights")]
     scores, masked, weights = (one_head(trace, name, head, sequence) for name in names)
     hidden = hidden_keys(trace, layer, head, sequence)
@@ -181,8 +186,8 @@ def residual_norms(trace, sequence: int = 0) -> Figure:
     added = torch.cat([stream[:1], stream.diff(dim=0)])  # the difference: right under dropout and patches too
     words = token_labels(trace, sequence)
     tables = [array(part.square().mean(dim=-1).sqrt()) for part in (stream, added)]
-    positive = [table[table > 0] for table in tables]
-    low, high = min(p.min() for p in positive if p.size), max(p.max() for p in positive if p.size)
+    coloured = np.concatenate([table[(table > 0) & np.isfinite(table)] for table in tables])
+    low, high = (coloured.min(), coloured.max()) if coloured.size else (0.1, 1.0)  # a stream of zeros has no scale
     norm = LogNorm(low, max(high, 1.01 * low))
 
     wide = max(3.6, (0.42 if len(words) <= NUMBERS_UP_TO else 0.2) * len(words))
@@ -193,9 +198,12 @@ def residual_norms(trace, sequence: int = 0) -> Figure:
         image = axes.imshow(
             np.ma.masked_equal(table, 0), cmap="viridis", norm=norm, aspect="auto", interpolation="none"
         )
-        axes.set_facecolor("white")  # exactly 0 has no logarithm: no colour
+        axes.set_facecolor("white")  # exactly 0 has no logarithm, and neither have NaN and infinity: no colour
         if len(words) <= NUMBERS_UP_TO:
             write_numbers(axes, image, digits=3)
+            for (row, column), value in np.ndenumerate(table):
+                if value == 0 or not np.isfinite(value):  # "0", "nan" or "inf" where there is no colour
+                    axes.text(column, row, f"{value:g}", ha="center", va="center", fontsize=7.5)
         place_words(axes, words, below=True, left=False)
         axes.set(title=title, xlabel="token")
     left.set_yticks(range(len(stages)), stages, fontsize=8)
@@ -222,6 +230,13 @@ def rows_of(trace, name: str, sequence: int) -> Tensor:
     if not 0 <= sequence < len(trace.tokens):
         raise ValueError(f"the trace has {len(trace.tokens)} sequences, got sequence={sequence}: count from 0.")
     return value[sequence if len(value) > 1 else 0].detach().cpu()
+
+
+def check_layer(trace, layer: int) -> None:
+    """Raises ValueError for a layer that the model does not have."""
+    layers = trace.cfg["n_layers"]
+    if not isinstance(layer, Integral) or not 0 <= layer < layers:
+        raise ValueError(f"the model has {layers} layers, 0 to {layers - 1}, got layer={layer!r}: count from 0.")
 
 
 def one_head(trace, name: str, head: int, sequence: int) -> Tensor:

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from CMHA.cmha import MultiHeadAttention
+from CMHA.implementations import flash_tiled
 from CMHA.masks import AttentionMask
+from CMHA.tap import listening
 from GPT2Model.config import PRESETS, from_preset
 from GPT2Model.generation import filtered_probabilities, make_cache
 from GPT2Model.gpt2 import GPTModel
@@ -191,6 +193,54 @@ def test_what_the_packages_compute_passes_as_an_answer():
         verdict = judge(EXERCISES["gpt2"], gpt2_by(implementation))
         assert verdict.status == "right", verdict.says
     assert judge(EXERCISES["one_head"], one_head).status == "right"
+
+
+class MaskOfATable:
+    """What flash_tiled asks of a mask, from a table."""
+
+    def __init__(self, table):
+        self.table = table
+
+    def visible_keys(self, first_query, last_query):
+        return 0, self.table.shape[1]
+
+    def tile(self, first_query, last_query, first_key, last_key):
+        return self.table[None, None, first_query:last_query, first_key:last_key]
+
+
+def by_flash_tiled(queries, keys, values, mask, tile_size):
+    """The package's, and log_sum_exp from its tap: it has +inf where nothing is seen, for the sake of its backward."""
+    heard = {}
+
+    def listener(name, tensor, **where):
+        heard[name] = tensor
+        return tensor
+
+    with listening(listener):
+        output, _ = flash_tiled.attention(
+            queries, keys, values, MaskOfATable(mask), scale=queries.shape[-1] ** -0.5, kv_block_size=tile_size
+        )
+    log_sum_exp = heard["log_sum_exp"].reshape(queries.shape[:-1])
+    return output, log_sum_exp.masked_fill(~mask.any(dim=1), -torch.inf)
+
+
+def by_copies_of_all_keys(queries, keys, values, mask, tile_size):
+    """Keys turned round in memory, values copied: as large as they are, and no table."""
+    return tiles.tiled_attention(queries, keys.mT.contiguous().mT, values.clone(), mask, tile_size)
+
+
+def by_one_query_at_a_time(queries, keys, values, mask, tile_size):
+    rows = [
+        tiles.tiled_attention(query, keys, values, row, tile_size)
+        for query, row in zip(queries.split(1, dim=-2), mask.split(1), strict=True)
+    ]
+    return torch.cat([row[0] for row in rows], dim=-2), torch.cat([row[1] for row in rows], dim=-1)
+
+
+@pytest.mark.parametrize("answer", [by_flash_tiled, by_copies_of_all_keys, by_one_query_at_a_time])
+def test_any_online_softmax_passes(answer):
+    verdict = judge(EXERCISES["tiled_attention"], answer)
+    assert verdict.status == "right", verdict.says
 
 
 def test_any_right_way_of_drawing_passes():

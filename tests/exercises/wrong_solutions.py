@@ -19,6 +19,13 @@ SCALE = "/ math.sqrt(queries.shape[-1])"
 MASKED = "scores.masked_fill(~mask, -torch.inf)"
 TABLE = "table = 2 * tokens * C"
 LOGITS = 'norm(x, weights, "final_norm") @ head.T'
+# tiled_attention without tiles: for each query by itself, an ordinary softmax over all keys.
+ONE_QUERY_AT_A_TIME = """\
+    if queries.shape[-2] > 1:
+        each = zip(queries.split(1, dim=-2), mask.split(1), strict=True)
+        rows = [tiled_attention(query, keys, values, row, tile_size) for query, row in each]
+        return torch.cat([row[0] for row in rows], dim=-2), torch.cat([row[1] for row in rows], dim=-1)
+    largest = torch"""
 DRAW = "torch.multinomial(probabilities, num_samples=1, generator=generator).squeeze(-1)"
 
 # What can go wrong in the scores of one head, wherever they are used.
@@ -135,6 +142,7 @@ WRONG: dict[tuple[str, str], list[tuple[str, str]]] = {
         scale_forgotten=(SCALE, ""),
         scaled_by_width=(SCALE, "/ queries.shape[-1]"),
         whole_table=("tiles = zip(", "table = queries @ keys.mT\n    tiles = zip("),
+        whole_row=[("    largest = torch", ONE_QUERY_AT_A_TIME), ("split(tile_size", "split(keys.shape[-2]")],
     ),
     **named(
         "transformer_block",
@@ -317,7 +325,11 @@ WRONG: dict[tuple[str, str], list[tuple[str, str]]] = {
         "return linear(merge_heads(context), out_weight, out_bias).transpose(0, 1)"
     ))],
     ("gpt2", "wrong_shape"): [(LOGITS, f"({LOGITS})[:, -1]")],
-    ("causal_mask", "wrong_dtype"): [("dtype=torch.bool", "dtype=torch.float32")],
+    ("causal_mask", "not_bool"): [("dtype=torch.bool", "dtype=torch.float32")],
+    ("gelu", "wrong_dtype"): [("(1 + torch.tanh(inner))", "(1 + torch.tanh(inner).double())")],
+    ("layer_norm", "rounding"): [("centred.square().mean(dim=-1, keepdim=True)", (
+        "x.square().mean(dim=-1, keepdim=True) - x.mean(dim=-1, keepdim=True).square()"
+    ))],
     ("gelu", "random"): [("return 0.5 * x", "return torch.dropout(x, 0.5, train=True)")],
     ("transformer_block", "inputs_overwritten"): [("x = x + multi_head_attention", "x += multi_head_attention")],
     ("one_head", "precision_lost"): [

@@ -18,15 +18,22 @@ GENERAL = (
     Mistake("axes_exchanged", "the numbers of the shape are right, their order is not: two axes are exchanged."),
     Mistake("wrong_shape", "the shape is wrong."),
     Mistake("wrong_dtype",
-            "the dtype is wrong: it should follow the arguments'. torch.zeros and torch.tensor make float32 unless "
-            "told otherwise."),
+            "the dtype is wrong. Real numbers have that of the arguments: torch.zeros and torch.tensor make float32 "
+            "unless told otherwise."),
+    Mistake("not_bool",
+            "a mask is torch.bool here, True = may attend. torch.ones(...).tril(...) is 1.0 and 0.0: .bool() makes "
+            "True and False of them. (0 and -inf, to be added to scores, is another kind of mask: mask == 0.)"),
     Mistake("random", "two calls with the same arguments give different results: something is drawn by chance."),
     Mistake("inputs_overwritten",
             "it writes into its arguments: whoever called it still needs them. Avoid `x += ...` and functions that "
             "end in _, or work on a copy."),
     Mistake("precision_lost",
             "right in float32, but arguments in float64 give only float32's seven digits: somewhere the numbers pass "
-            "through float32. Layers of your own are made in it: layer.to(x.dtype), before the weights are loaded."),
+            "through float32, or a constant has no more digits. Layers of your own are made in float32: "
+            "layer.to(x.dtype), before the weights are loaded."),
+    Mistake("rounding",
+            "the formula is right, and the last digits are lost to rounding. Subtract before you square or take exp "
+            "(x - mean, score - maximum), and go through no smaller dtype than the arguments'."),
     Mistake("dtype_fixed",
             "right in float32; with arguments in float64 it raises an error. Layers of your own are made in float32: "
             "give them the dtype of the arguments, layer.to(x.dtype), before the weights are loaded."),
@@ -56,6 +63,8 @@ def fault_of_form(exercise: Exercise, outcome: Outcome) -> tuple[str, str] | Non
             name = "axes_exchanged" if sorted(found.shape) == sorted(exact.shape) else "wrong_shape"
             return name, f"got {tuple(found.shape)} where {tuple(exact.shape)} is right; {wanted}"
         if found.dtype != dtype:
+            if dtype == torch.bool:
+                return "not_bool", f"got {short(found.dtype)}; {wanted}"
             return "wrong_dtype", f"got {short(found.dtype)} where {short(dtype)} is right; {wanted}"
     return None
 

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from orchestrator.learning.checks.exercise import Exercise, tensors_in
-from orchestrator.learning.checks.form import GENERAL, fault_of_form, shapes
+from orchestrator.learning.checks.form import GENERAL, fault_of_form, shapes, short
 from orchestrator.learning.checks.outcome import Outcome, alike, largest, run
 
 SLACK = 8  # how far two ways of making one mistake may differ, in bounds
+NEARLY = 1e-4  # an error that is this small beside the largest number may be rounding
 PACKAGE = Path(__file__).parent
 
 
@@ -115,6 +116,13 @@ def explain(verdict: Verdict, outcomes: list[Outcome], function: Callable) -> No
         return found(verdict, [name], written_details(outcomes))
     if only_float64(outcomes):
         return found(verdict, ["precision_lost"])
+    rounded = ["rounding"] if only_rounding(exercise, outcomes) else []
+    if nearly_right(outcomes) and (after := exercise.afterwards(function)):
+        return found(verdict, [after, *rounded], where(outcomes))
+    if rounded:
+        return found(verdict, rounded, where(outcomes))
+    if exercise.bound is None and (dtype := narrow_dtype(outcomes)):
+        return found(verdict, ["rounding"], [f"all numbers that came back are {dtype}'s", *where(outcomes)])
     if any(not torch.isfinite(t).all() and torch.isfinite(e).all() for o in outcomes for t, e in pairs_of(o)):
         return found(verdict, ["not_finite"], where(outcomes))
     verdict.says += ["No known mistake fits.", *where(outcomes)]
@@ -231,8 +239,27 @@ def written_details(outcomes: list[Outcome]) -> list[str]:
 def only_float64(outcomes: list[Outcome]) -> bool:
     """Whether all is right but the arguments in float64, and there only the digits beyond float32's are wrong."""
     bad = [outcome for outcome in outcomes if not outcome.right]
-    near = all(o.error <= 1e-4 * max(1.0, *(largest(right) for right in o.exact)) for o in bad)
-    return near and all(torch.float64 in outcome.dtypes for outcome in bad)
+    return nearly_right(bad) and all(torch.float64 in outcome.dtypes for outcome in bad)
+
+
+def nearly_right(outcomes: list[Outcome], nearly: float = NEARLY) -> bool:
+    return all(o.error <= nearly * max(1.0, *(largest(right) for right in o.exact)) for o in outcomes)
+
+
+def only_rounding(exercise: Exercise, outcomes: list[Outcome]) -> bool:
+    """Whether the error shrinks with the dtype: nearly right in float32, and far closer in float64."""
+    wide = [outcome for outcome in outcomes if is_wide(exercise, outcome)]
+    return bool(wide) and nearly_right(wide, NEARLY**2) and nearly_right(outcomes)
+
+
+def narrow_dtype(outcomes: list[Outcome]) -> str | None:
+    """The small dtype whose numbers all results are, to within its rounding of the right ones."""
+    numbers = [tensor for outcome in outcomes for tensor in outcome.found if tensor.is_floating_point()]
+    for dtype in (torch.bfloat16, torch.float16):
+        in_it = all(torch.equal(tensor, tensor.to(dtype).to(tensor.dtype)) for tensor in numbers)
+        if numbers and in_it and nearly_right(outcomes, 8 * torch.finfo(dtype).eps):
+            return short(dtype)
+    return None
 
 
 def pairs_of(outcome: Outcome) -> list[tuple]:
@@ -251,13 +278,22 @@ def where(outcomes: list[Outcome]) -> list[str]:
             index = tuple((off > bad[0].bounds[place]).nonzero()[0].tolist())
             at = f" at {list(index)}" if index else ""
             lines.append(
-                f"first difference, in the case {bad[0].case.label}{at}: got {number(given[index].item())}, "
-                f"right is {number(exact[index].item())}"
+                f"first difference, in the case {bad[0].case.label}{at}: "
+                + "got {}, right is {}".format(*told_apart(given[index].item(), exact[index].item()))
             )
             break
     return lines
 
 
-def number(value: float) -> str:
-    """Whole numbers in full, others with six digits."""
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.6g}"
+def told_apart(one: float, other: float) -> tuple[str, str]:
+    """Two numbers that differ, with as many digits as show it: six at least."""
+    for digits in range(6, 18):
+        texts = number(one, digits), number(other, digits)
+        if texts[0] != texts[1]:
+            break
+    return texts
+
+
+def number(value: float, digits: int = 6) -> str:
+    """Whole numbers in full, others with so many digits; beyond six, zeros at the end too."""
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:{'#' * (digits > 6)}.{digits}g}"

@@ -75,28 +75,41 @@ def tiled_cases() -> list[Case]:
         case("two queries that may see nothing", 45, 2, 1, 8, 8, 8, 3, hidden=(0, 5)),
         case("scores of several hundred", 46, 1, 2, 9, 9, 16, 4, scale=14.0),
         case("float64", 47, 1, 1, 7, 7, 6, 2, dtype=torch.float64),
+        case("1 query, 4,096 keys, tiles of 8", 49, 1, 1, 1, 4096, 4, 8),
     ]
 
 
-class LargestTable(TorchDispatchMode):
-    """The most numbers that any operation inside has made."""
+class Sizes(TorchDispatchMode):
+    """How many numbers each operation inside has made: every size that occurred."""
 
-    numbers = 0
+    def __init__(self):
+        super().__init__()
+        self.numbers: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor) and result.is_floating_point():
-            self.numbers = max(self.numbers, result.numel())
+            self.numbers.add(result.numel())
         return result
 
 
-def makes_the_whole_table(function: Callable) -> str | None:
-    """64 queries and keys of width 4 in tiles of 8: a tile has 512 numbers, the table 4,096."""
+def makes_too_much(function: Callable) -> str | None:
+    """The whole table, or one query's whole row of it.
+
+    First 64 queries and keys of width 4 in tiles of 8: a tile has 512 numbers, the table 4,096. Then one query with
+    4,096 keys: a tile has 8 numbers, the row 4,096, and 4 * 4,096 are the keys themselves, of which a copy may be made.
+    """
     draw, T = Numbers(48), 64
     q, k, v = draw(1, 1, T, 4), draw(1, 1, T, 4), draw(1, 1, T, 4)
-    with LargestTable() as spy:
+    with Sizes() as table:
         function(queries=q, keys=k, values=v, mask=causal_mask(T, T), tile_size=8)
-    return "whole_table" if spy.numbers >= T * T else None
+    if max(table.numbers, default=0) >= T * T:  # nothing is seen of what numpy does
+        return "whole_table"
+    long = tiled_cases()[-1].arguments
+    with Sizes() as row:
+        function(**long)
+    all_keys = long["keys"].shape[-2]
+    return "whole_row" if any(all_keys <= size < long["keys"].numel() for size in row.numbers) else None
 
 
 TILED_ATTENTION = Exercise(
@@ -144,9 +157,13 @@ TILED_ATTENTION = Exercise(
         Mistake("scaled_by_width",
                 "the scores are divided by head_dim, not by its square root.", ({"scale": "head_dim"},)),
         Mistake("whole_table",
-                "the numbers are right, but a table of all queries by all keys is made on the way. One tile of keys "
-                "at a time: that is what saves the memory."),
+                "the formula is right, but a table of all queries by all keys is made on the way. One tile of keys at "
+                "a time: that is what saves the memory."),
+        Mistake("whole_row",
+                "the formula is right, but all scores of a query are made at once: one query with 4,096 keys in tiles "
+                "of 8 got a tensor of 4,096 scores. Take tile_size keys at a time, and carry maximum, sum and output "
+                "from tile to tile: the online softmax."),
     ),
     "notebooks/attention.ipynb, sections 4 and 5; CMHA/implementations/flash_tiled.py",
-    afterwards=makes_the_whole_table,
+    afterwards=makes_too_much,
 )  # fmt: skip

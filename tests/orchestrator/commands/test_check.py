@@ -69,6 +69,16 @@ def test_a_wrong_answer_is_wrong_with_the_mistake_in_words(tmp_path, capsys):
     assert printed.splitlines()[-1] == "1 wrong, 1 not started: 0 of 7 points"
 
 
+def test_a_mask_of_numbers_is_told_how_to_become_one_of_true_and_false(tmp_path, capsys):
+    text = "def causal_mask(query_len, key_len):\n    return torch.ones(query_len, key_len).tril(key_len - query_len)\n"
+    _, printed = check("causal_mask", "--file", answers(tmp_path, text), capsys=capsys)
+    assert "likely mistake: a mask is torch.bool here, True = may attend." in printed
+    assert "got float32; wanted: (query_len, key_len), torch.bool" in printed
+    assert "arguments" not in printed  # it has two numbers, and no dtype to follow
+    file = answers(tmp_path, text.replace("query_len)\n", "query_len).bool()\n"))
+    assert check("causal_mask", "--file", file, capsys=capsys)[0] == 0
+
+
 def test_two_mistakes_at_once_are_both_named(tmp_path, capsys):
     text = "def layer_norm(x, weight, bias, eps):\n    x = x - x.mean(-1, keepdim=True)\n"
     text += "    return x / (x.std(-1, keepdim=True) + eps) * weight + bias\n"
@@ -143,18 +153,53 @@ def test_the_list_shows_points_and_checks_nothing(capsys):
     [
         (["atention"], "", "did you mean 'attention'?"),
         (["--file", "gone.py"], "", "expects a Python file, got 'gone.py'"),
-        (["--file", "mine.py"], "def gelu(x)\n", "mine.py cannot be imported: SyntaxError: expected ':'"),
-        (["--file", "mine.py"], "x = 1\ny = x / 0\n", "ZeroDivisionError: division by zero, line 2"),
-        (["--file", "mine.py"], "raise SystemExit(0)\n", "SystemExit: 0, line 1"),
+        (["--file", "mine.py"], "raise SystemExit\n", "mine.py:1 cannot be imported: SystemExit."),
     ],
 )
-def test_a_wrong_command_or_file_is_one_line_and_exit_code_2(arguments, text, message, tmp_path, monkeypatch, capsys):
+def test_a_wrong_command_or_file_is_one_error_and_exit_code_2(arguments, text, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(text, encoding="utf-8")
     assert main(["check", *arguments]) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
-    assert line.startswith("error: ")
-    assert message in line
+    first, *below = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert first.startswith("error: ")
+    assert message in first
+    assert below == [f"    {line}" for line in text.splitlines()]
+
+
+BEGUN = "    return math.tanh("  # its bracket is never closed
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "shown"),
+    [
+        ("import math\ndef gelu(x)\n", "mine.py:2 cannot be imported: SyntaxError: expected ':'.", ["def gelu(x)", 11]),
+        (f"def gelu(x):\n{BEGUN}x\n", "mine.py:2 cannot be imported: SyntaxError: '(' was never", [f"{BEGUN}x", 20]),
+        ("def gelu(x):\nreturn x\n", "mine.py:2 cannot be imported: IndentationError: expected", ["return x", 0]),
+        ("x = 1\nif x:\n\ty = x / 0\n", "mine.py:3 cannot be imported: ZeroDivisionError: div", ["y = x / 0", None]),
+        ("x = 1\x00\n", "mine.py cannot be imported: SyntaxError: source code string cannot contain null", None),
+    ],
+)
+def test_an_error_in_the_file_is_told_once_with_its_line_and_a_caret(text, said, shown, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(text, encoding="utf-8")
+    assert main(["check", "--file", str(tmp_path / "mine.py")]) == 2
+    first, *below = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"error: {said}")
+    assert "line" not in first.split(" cannot be imported")[1].replace("on line 1", "")
+    line, column = shown or ("", None)
+    expected = [f"    {line.strip()}"] * bool(line)
+    if column is not None:  # the caret stands below the letter at which Python stopped
+        expected.append("    " + " " * (column - len(line) + len(line.lstrip())) + "^")
+    assert below == expected
+
+
+def test_an_error_in_an_imported_file_names_that_file_and_its_line_as_it_is_now(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("import my_helper\n", encoding="utf-8")
+    for text, said in (("x = 1 / 0\n", "ZeroDivisionError: division by zero."), ("x =  2 / 0\n", "ZeroDivisionError")):
+        (tmp_path / "my_helper.py").write_text(text, encoding="utf-8")
+        assert main(["check", "--file", str(tmp_path / "mine.py")]) == 2
+        first, below = capsys.readouterr().err.splitlines()
+        assert first.startswith(f"error: my_helper.py:1, which mine.py imports, cannot be imported: {said}")
+        assert below == f"    {text.strip()}"
 
 
 def test_the_table_of_the_exercises_page_is_the_one_of_the_registry():

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from GPT2Model.config import from_preset
-from GPT2Model.generation import generate
+from GPT2Model.generation import generate, make_cache
 from GPT2Model.gpt2 import GPTModel
+from GPT2Model.tracing import trace
 from orchestrator.learning.variants import post_norm, without_norm, without_positions
 from orchestrator.training.optimizer import decay_groups
+from orchestrator.views.trace_figures import residual_norms
 
 
 def new(seed: int = 0, **changes) -> GPTModel:
@@ -139,8 +141,12 @@ def test_every_variant_is_causal_takes_the_toggle_and_the_cache_and_learns(varia
         logits, other = model(IDS), model(changed)
         assert torch.equal(logits[:, :6], other[:, :6])
         assert (logits[:, 6:] - other[:, 6:]).abs().amax(-1).min() > 1e-6
+        close = {"rtol": 0, "atol": 1e-9 * logits.abs().max().item()}
         with model.using_attention("eager"):
-            torch.testing.assert_close(model(IDS), logits, rtol=0, atol=1e-9 * logits.abs().max().item())
+            torch.testing.assert_close(model(IDS), logits, **close)
+        cache = make_cache(model, 3, 11)  # the first 4 tokens, then 5 at once, then one at a time
+        pieces = [model(ids, cache=cache) for ids in IDS.split([4, 5, 1, 1], dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, dim=1), logits, **close)
     assert torch.equal(generate(model, IDS[:1, :4], 6), generate(model, IDS[:1, :4], 6, use_cache=False))
     model(IDS).square().mean().backward()
     missing = [name for name, p in model.named_parameters() if p.grad is None or p.grad.count_nonzero() == 0]
@@ -172,3 +178,61 @@ def test_norms_and_positions_go_together_in_either_order(norms):
     torch.testing.assert_close(
         norms(without_positions(new()))(IDS), without_positions(norms(new()))(IDS), rtol=0, atol=0
     )
+
+
+def test_a_post_norm_trace_has_the_stream_after_attention_and_its_figure_can_be_drawn():
+    model = post_norm(new())
+    t = trace(model, IDS)
+    stream, exact = t["embeddings"], {"rtol": 0, "atol": 1e-12}
+    for i, block in enumerate(model.blocks):
+        after = stream + t[f"blocks.{i}.attention.output"]
+        torch.testing.assert_close(t[f"blocks.{i}.after_attention"], after, **exact)
+        normed = F.layer_norm(after, (24,), block.norm_1.weight, block.norm_1.bias)
+        torch.testing.assert_close(t[f"blocks.{i}.norm_1"], normed.detach(), **exact)
+        stream = t[f"blocks.{i}.output"]
+    assert len(residual_norms(t).axes[0].get_yticks()) == 5
+    patched = trace(model, IDS, patch={"blocks.1.after_attention": torch.zeros_like})
+    assert (patched.logits - t.logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("norms", [without_norm, post_norm])
+def test_a_model_whose_norms_moved_is_not_saved_as_a_folder_and_the_way_that_is_named_works(norms, tmp_path):
+    model = norms(without_positions(new(seed=1)))
+    with pytest.raises(ValueError, match=rf"{norms.__name__}\(\) cannot be saved as a folder.*weights_only=True"):
+        model.save_pretrained(tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError) as caught:
+        copy.deepcopy(model).save_pretrained(tmp_path / "folder")
+    assert f"{norms.__name__}(without_positions(GPTModel(cfg))).load_state_dict" in str(caught.value)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    again = norms(without_positions(new(seed=2)))
+    again.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    assert torch.equal(again(IDS), model(IDS))
+
+
+def test_a_model_without_positions_is_saved_and_opened_again(tmp_path):
+    model = without_positions(new())
+    model.save_pretrained(tmp_path)
+    again = GPTModel.from_pretrained(tmp_path)
+    assert type(again) is GPTModel
+    assert torch.equal(again(IDS), model(IDS))
+
+
+def test_a_new_start_leaves_positions_away_and_only_where_they_were_taken():
+    model = without_positions(new(n_layers=1))
+    before = model.token_embedding.weight.clone()
+    model.initialise()
+    assert not torch.equal(model.token_embedding.weight, before)
+    assert model.position_embedding.weight.count_nonzero() == 0
+    assert moved_by_another_order(model) < 1e-12
+    other = post_norm(new())
+    other.initialise()
+    assert other.position_embedding.weight.count_nonzero() == other.position_embedding.weight.numel()
+
+
+def test_a_class_of_ones_own_is_not_turned_into_another():
+    class Mine(GPTModel):
+        pass
+
+    with pytest.raises(TypeError, match="got Mine"):
+        post_norm(Mine(new().cfg))

@@ -297,6 +297,25 @@ def test_every_wrong_argument_of_the_steps_is_named_at_once(logits):
         sampling_steps(torch.full_like(logits, torch.nan), TOKENIZER)
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "said"),
+    [
+        (None, r"the one that the model was trained with.*got None.*get_tokenizer\(\)"),
+        (TalesTokenizer, r"the class TalesTokenizer: make one, TalesTokenizer\(\)"),
+        ("gpt2", "got str"),
+    ],
+)
+def test_what_is_no_tokenizer_is_refused_by_every_figure(tokenizer, said, model, short, logits):
+    for draw in (
+        lambda: logit_lens(model, short, tokenizer),
+        lambda: sampling_steps(logits, tokenizer),
+        lambda: sampling_steps(logits[None], tokenizer, -1),
+        lambda: embedding_neighbours(model, tokenizer, "boy"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            draw()
+
+
 # ------------------------------------------------------------------ neighbours
 
 

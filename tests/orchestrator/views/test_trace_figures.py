@@ -293,8 +293,19 @@ def test_what_does_not_exist_is_named(short):
         attention_sheet(short, sequence=1)
     with pytest.raises(ValueError, match=r"1 sequences, got sequence=-1"):
         residual_norms(short, sequence=-1)
-    with pytest.raises(KeyError, match=r"blocks\.2\."):
-        attention_sheet(short, 2)
+
+
+@pytest.mark.parametrize("layer", [2, 9, -1, "0"])
+@pytest.mark.parametrize(
+    "draw",
+    [lambda t, layer: attention_sheet(t, layer), lambda t, layer: attention_head(t, layer, 0),
+     lambda t, layer: score_steps(t, layer, 0)],
+)  # fmt: skip
+def test_a_layer_that_does_not_exist_is_told_which_there_are(draw, layer, short, model):
+    """Also where the trace has no weights: their absence is not the reason."""
+    for t in (short, traced(built(use_flash=True, attn_implementation="sdpa"), 4), traced(model, 4, names="logits")):
+        with pytest.raises(ValueError, match=rf"2 layers, 0 to 1, got layer={layer!r}"):
+            draw(t, layer)
 
 
 # ------------------------------------------------------------------ the stream
@@ -342,6 +353,49 @@ def test_a_part_that_adds_nothing_has_no_colour(model):
     table = residual_norms(t).axes[1].images[0].get_array()
     assert np.ma.getmaskarray(table)[3].all()
     assert np.ma.getmaskarray(table).sum() == 5
+
+
+def set_stream(model, change):
+    """A trace of 6 tokens whose stream is changed at every place where the figure reads it."""
+    places = [f"blocks.{i}.{place}" for i in range(2) for place in ("after_attention", "output")]
+    return traced(model, 6, patch=dict.fromkeys(["embeddings", *places], change))
+
+
+def written(axes) -> dict[tuple[int, int], str]:
+    return {(round(text.get_position()[1]), round(text.get_position()[0])): text.get_text() for text in axes.texts}
+
+
+def test_a_stream_of_zeros_has_no_colour_and_says_0(model):
+    figure = residual_norms(set_stream(model, torch.zeros_like))
+    for axes in figure.axes[:2]:
+        assert np.ma.getmaskarray(axes.images[0].get_array()).all()
+        assert written(axes) == {place: "0" for place in np.ndindex(5, 6)}
+    assert_nothing_cut_off(figure)
+
+
+def test_a_model_that_adds_nothing_is_drawn_and_says_0(model):
+    nothing = {
+        f"blocks.{i}.{part}.output": torch.zeros_like for i in range(2) for part in ("attention", "feed_forward")
+    }
+    figure = residual_norms(traced(model, 6, patch=nothing))
+    table = figure.axes[1].images[0].get_array()
+    assert np.array_equal(np.ma.getmaskarray(table), np.arange(5)[:, None].repeat(6, axis=1) > 0)
+    assert [text for (row, _), text in written(figure.axes[1]).items() if row > 0] == ["0"] * 24
+    assert_nothing_cut_off(figure)
+
+
+def test_nan_and_infinity_in_the_stream_are_drawn_without_colour_and_named(model):
+    def spoil(stream):
+        stream = torch.ones_like(stream)  # a spoilt value would go on to the tokens behind it
+        stream[:, 2], stream[:, 4] = torch.nan, torch.inf
+        return stream
+
+    figure = residual_norms(set_stream(model, spoil))
+    table = figure.axes[0].images[0].get_array()
+    assert np.array_equal(np.ma.getmaskarray(table), np.isin(np.arange(6), [2, 4])[None].repeat(5, axis=0))
+    assert [written(figure.axes[0])[row, 2] for row in range(5)] == ["nan"] * 5
+    assert [written(figure.axes[0])[row, 4] for row in range(5)] == ["inf"] * 5
+    assert_nothing_cut_off(figure)
 
 
 # ------------------------------------------------------------------ tokens as text
