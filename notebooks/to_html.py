@@ -9,6 +9,7 @@ before as it was, and the exit code is 1.
 
 import argparse
 import base64
+import hashlib
 import io
 import re
 import sys
@@ -51,8 +52,14 @@ def page(notebook: Path) -> str:
     exporter.mathjax_url = exporter.require_js_url = exporter.jupyter_widgets_base_url = ""
     html, _ = exporter.from_notebook_node(content)
     html = re.sub(r'<script[^>]*\bsrc="[^"]*"[^>]*>\s*</script>', "", html)
-    html = html.replace("<head>", f'<head><meta name="description" content="{notebook.name}, executed">', 1)
-    return html
+    about = f'<meta name="description" content="{notebook.name}, executed; {fingerprint(notebook)}">'
+    return html.replace("<head>", f"<head>{about}", 1)
+
+
+def fingerprint(notebook: Path) -> str:
+    """Of the cells' sources: a page that has another one is of an older notebook."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    return hashlib.sha256("\0".join(f"{cell.cell_type} {cell.source}" for cell in cells).encode()).hexdigest()[:16]
 
 
 def smaller(png: str) -> str:

@@ -4,6 +4,7 @@
 """
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -50,7 +51,8 @@ def exercise_cells(notebook) -> list:
 
 
 def test_there_are_notebooks():
-    assert {"llm.ipynb", "attention.ipynb", "generation.ipynb"} <= set(NAMES)
+    seven = ("llm", "attention", "training", "generation", "inside", "pretrained", "break_it")
+    assert {f"{name}.ipynb" for name in seven} == set(NAMES)
 
 
 def test_it_runs_from_top_to_bottom_without_an_error(name, execute):
@@ -60,6 +62,20 @@ def test_it_runs_from_top_to_bottom_without_an_error(name, execute):
         for output in cell.get("outputs", []):
             assert output.output_type != "error", f"cell {number}: {output.ename}: {output.evalue}\n{cell.source}"
         assert cell.cell_type != "code" or cell.execution_count, f"cell {number} did not run"
+
+
+def test_its_executed_page_is_of_this_very_notebook_and_asks_nothing_of_other_machines(name):
+    spec = importlib.util.spec_from_file_location("to_html", FOLDER / "to_html.py")
+    to_html = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(to_html)
+    page = to_html.PAGES / f"{name.removesuffix('.ipynb')}.html"
+    text = page.read_text(encoding="utf-8")
+    assert f"executed; {to_html.fingerprint(FOLDER / name)}" in text, "run: make notebooks"
+    assert page.stat().st_size <= 1_000_000
+    assert not re.findall(r"""(?:src|href)=["'](?:https?:)?//[^"']+|@import|url\(["']?https?:""", text)
+    assert text.count("data:image/png;base64,") >= 2
+    assert "ename" not in text
+    assert str(FOLDER.parent) not in text
 
 
 def test_its_first_cell_says_minutes_goals_and_how_to_run(notebook):
