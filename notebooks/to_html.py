@@ -29,6 +29,10 @@ from GPT2Model.files import replace_text
 HERE = Path(__file__).resolve().parent
 PAGES = HERE.parent / "docs" / "executed"
 LIMIT = 1_000_000  # bytes of a page
+STYLE = (  # room for lines of 120 characters, and none of them broken in the middle of a word
+    "<style>#notebook-container, .container {width: auto !important; max-width: 1240px !important}"
+    "div.output_area pre, div.input_area pre {white-space: pre !important; overflow-x: auto}</style>"
+)
 COLOURS = 192  # of a picture: enough for figures, and half of the bytes
 
 
@@ -51,9 +55,10 @@ def page(notebook: Path) -> str:
     exporter = HTMLExporter(template_name="classic", embed_images=True)
     exporter.mathjax_url = exporter.require_js_url = exporter.jupyter_widgets_base_url = ""
     html, _ = exporter.from_notebook_node(content)
-    html = re.sub(r'<script[^>]*\bsrc="[^"]*"[^>]*>\s*</script>', "", html)
+    html = re.sub(r"<script\b.*?</script>", "", html, flags=re.DOTALL)  # for widgets and diagrams, from elsewhere
+    html = html.replace("<title>Notebook</title>", f"<title>{notebook.stem}</title>", 1)
     about = f'<meta name="description" content="{notebook.name}, executed; {fingerprint(notebook)}">'
-    return html.replace("<head>", f"<head>{about}", 1)
+    return html.replace("<head>", f"<head>{about}", 1).replace("</head>", f"{STYLE}</head>", 1)
 
 
 def fingerprint(notebook: Path) -> str:
