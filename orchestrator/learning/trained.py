@@ -59,7 +59,8 @@ def tales_model(
     """
     recipe = recipe_of(seed)
     place = Path(folder if folder is not None else RUNS) / f"tales-model-{hash_of(recipe)}"
-    with torch.random.fork_rng(devices=[]):  # whether it was trained or opened must not show in the next draw
+    # Whether it was trained or opened must not show in the next draw; and who only looks has turned gradients off.
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
         model = kept(place, recipe)
         if model is None:
             try:

@@ -91,6 +91,17 @@ def test_made_or_opened_the_weights_and_the_random_numbers_after_it_are_the_same
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "recipe.json"]
 
 
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_it_is_trained_also_where_gradients_are_off(without_gradients, short, tmp_path):
+    """A notebook that only looks says torch.set_grad_enabled(False) first: on a new machine it trains all the same."""
+    expected, _ = tales_model(progress=False, folder=tmp_path / "one")
+    with without_gradients():
+        model, _ = tales_model(progress=False, folder=tmp_path / "two")
+        assert not torch.is_grad_enabled()
+    assert same(model, expected)
+    assert all(weight.requires_grad and not weight.is_inference() for weight in model.parameters())
+
+
 def test_the_second_time_it_is_opened_not_trained(short, tmp_path, monkeypatch):
     first, _ = tales_model(progress=False, folder=tmp_path)
     monkeypatch.setattr(trained, "train", lambda *args, **kwargs: pytest.fail("trained again"))
