@@ -55,6 +55,7 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("lab")
     for package in ROOT.glob("*/__init__.py"):
         (place / package.parent.name).symlink_to(package.parent)
+    (ROOT / "runs").mkdir(exist_ok=True)
     (place / "runs").symlink_to(ROOT / "runs")  # what is trained once is kept there
     shutil.copytree(ROOT / "notebooks", place / "notebooks", ignore=shutil.ignore_patterns(".*"))
     cells = [nbformat.v4.new_code_cell(STEPPER)]
@@ -112,7 +113,7 @@ def open_notebook(browser, lab):
     def opened(name: str):
         page = context.new_page()
         page.goto(lab.format(name=name))
-        wait_for(page, lambda state: state is not None and state["status"] == "idle", seconds=60)
+        wait_for(page, lambda state: state["status"] == "idle", seconds=60)
         return page
 
     yield opened
@@ -124,7 +125,7 @@ def wait_for(page, done, seconds: float) -> dict:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         state = page.evaluate(STATE)
-        if done(state):
+        if state is not None and done(state):  # None: no notebook is in front at this moment, or its kernel is starting
             return state
         page.wait_for_timeout(200)  # playwright's own wait: the page goes on meanwhile
     raise AssertionError(f"not within {seconds} s; the state is {str(state)[-3000:]}")
