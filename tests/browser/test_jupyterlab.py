@@ -45,7 +45,7 @@ STATE = """() => {
     const kernel = panel?.sessionContext?.session?.kernel;
     if (!kernel || !panel.context.isReady) return null;
     const cells = panel.content.model.sharedModel.cells.map((cell) => cell.toJSON());
-    return {status: kernel.status, cells: cells.filter((cell) => cell.cell_type === "code")};
+    return {path: panel.context.path, status: kernel.status, cells: cells.filter((cell) => cell.cell_type === "code")};
 }"""
 
 
@@ -64,7 +64,7 @@ def folder(tmp_path_factory):
     return place
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture  # one for each test: a used one brings back, and to the front, what was open before
 def lab(folder, tmp_path_factory):
     """A JupyterLab of its own, with nobody's settings: its address with a token."""
     home = tmp_path_factory.mktemp("jupyter")
@@ -113,7 +113,7 @@ def open_notebook(browser, lab):
     def opened(name: str):
         page = context.new_page()
         page.goto(lab.format(name=name))
-        wait_for(page, lambda state: state["status"] == "idle", seconds=60)
+        wait_for(page, lambda state: state["path"].endswith(name) and state["status"] == "idle", seconds=60)
         return page
 
     yield opened
@@ -133,14 +133,23 @@ def wait_for(page, done, seconds: float) -> dict:
 
 def run_all(page) -> dict:
     """Run > Run All Cells, as a user does, until every code cell has its number and the kernel rests."""
-    page.get_by_role("menubar").get_by_text("Run", exact=True).click()
-    page.get_by_text("Run All Cells", exact=True).click()
+    for _ in range(5):  # the menu is there before what it does is: then a user clicks again
+        page.get_by_role("menubar").get_by_text("Run", exact=True).click()
+        page.get_by_text("Run All Cells", exact=True).click()
+        try:
+            wait_for(page, lambda state: state["status"] == "busy" or numbered(state["cells"][0]), seconds=5)
+            break
+        except AssertionError:
+            continue
 
     def done(state):
-        numbered = all(cell["execution_count"] is not None for cell in state["cells"])
-        return errors(state) or (numbered and state["status"] == "idle")
+        return errors(state) or (all(map(numbered, state["cells"])) and state["status"] == "idle")
 
     return wait_for(page, done, SECONDS)
+
+
+def numbered(cell: dict) -> bool:
+    return cell["execution_count"] is not None
 
 
 def errors(state: dict) -> list[str]:
