@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from playwright.sync_api import TimeoutError as NotShown
 
 from GPT2Model.config import from_preset
 from GPT2Model.gpt2 import GPTModel
@@ -30,6 +31,7 @@ STEPPER = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
+from playwright.sync_api import TimeoutError as NotShown
 from GPT2Model.config import from_preset
 from GPT2Model.gpt2 import GPTModel
 from orchestrator.text.tales import TalesTokenizer
@@ -195,9 +197,14 @@ def handle(page, label: str):
 
 
 def shown_text(page, until: str) -> str:
-    """The stepper's text, once it contains `until`."""
-    text = page.locator(".jp-OutputArea-output .widget-html-content", has_text=until)
-    text.wait_for(timeout=30_000)
+    """The stepper's text, once it contains `until` and the kernel rests: what is changed next meets no older change."""
+    shown = page.locator(".jp-OutputArea-output .widget-html-content")
+    text = shown.filter(has_text=until)
+    try:
+        text.wait_for(timeout=60_000)
+    except NotShown as error:
+        raise AssertionError(f"{until!r} did not come; shown is: {shown.all_inner_texts()}") from error
+    wait_for(page, lambda state: state["status"] == "idle", seconds=60)
     return text.inner_text()
 
 
@@ -241,5 +248,6 @@ def test_the_stepper_s_sliders_show_numbers_that_were_computed_elsewhere(open_no
     page.get_by_label("use_flash").uncheck()
     shown_text(page, "asked for eager, ran eager")
     page.get_by_label("use_flash").check()
+    shown_text(page, "asked for auto, ran sdpa")
     page.get_by_label("implementation").select_option("flash_tiled")
     assert "flash_tiled never forms the weights" in shown_text(page, "asked for flash_tiled, ran flash_tiled")
