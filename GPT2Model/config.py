@@ -128,12 +128,14 @@ def complete(cfg: Mapping) -> dict:
     return full
 
 
-def attention_cfg(cfg: Mapping) -> dict:
-    """The attention keys of `cfg` under their own names; other keys are left out, unknown ones raise.
+def attention_cfg(cfg: Mapping | str) -> dict | str:
+    """The attention keys of `cfg` under their own names; other keys are left out, unknown ones raise. A name stays.
 
     Raises:
         ValueError: an unknown key, or an attention key with a wrong value.
     """
+    if not isinstance(cfg, Mapping):
+        return cfg  # the name of an implementation: MultiHeadAttention looks at it
     given, problems = rename(cfg)
     names = [field.name for field in fields(AttentionSettings)]
     settings = {name: given[name] for name in names if name in given}

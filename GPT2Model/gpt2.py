@@ -44,24 +44,25 @@ class GPTModel(nn.Module):
         announce(self.blocks[0].attention.choice())
 
     def forward(
-        self,
-        ids: Int[Tensor, "batch tokens"],
-        padding_mask: Bool[Tensor, "batch key_len"] | None = None,
-        cache: KVCache | None = None,
-    ) -> Float[Tensor, "batch tokens vocab_size"]:
+        self, ids: Int[Tensor, "batch tokens"], padding_mask: Bool[Tensor, "batch key_len"] | None = None,
+        cache: KVCache | None = None, documents: Int[Tensor, "batch key_len"] | None = None,
+    ) -> Float[Tensor, "batch tokens vocab_size"]:  # fmt: skip
         """Logits (B, T, vocab_size): the scores at position t are for the token that follows it.
 
         Args:
             ids: (B, T) token ids.
             padding_mask: (B, T) bool, True = a real token; with a cache, (B, cached + T).
             cache: keys and values of the tokens before `ids`; the new ones are added to it.
+            documents: as padding_mask, the number of each token's text: packed ones are read as if each came alone.
         Raises:
             ValueError: too many tokens, an id outside the vocabulary, a mask that does not fit.
         """
         past = cache.length if cache is not None else 0
         self.check_input(ids, padding_mask, past)
-        x = self.dropout(self.token_embedding(ids) + self.position_embedding(positions(ids, padding_mask, past)))
-        mask = AttentionMask(ids.shape[1], past + ids.shape[1], padding_mask=padding_mask, device=ids.device)
+        places = positions(ids, padding_mask, past, documents)
+        x = self.dropout(self.token_embedding(ids) + self.position_embedding(places))
+        rules = {"padding_mask": padding_mask, "documents": documents, "batch_size": len(ids), "device": ids.device}
+        mask = AttentionMask(ids.shape[1], past + ids.shape[1], **rules)
         for i, block in enumerate(self.blocks):
             x = block(x, mask=mask, cache=cache.layers[i] if cache is not None else None)
         return self.head(self.final_norm(x))
@@ -99,19 +100,17 @@ class GPTModel(nn.Module):
 
         Changing a cfg dict alone does nothing to a model that is built. Says which backend it is now.
         """
-        settings = attention_cfg(name_or_cfg) if isinstance(name_or_cfg, Mapping) else name_or_cfg
         for block in self.blocks:
-            block.attention.set_attention(settings)
+            block.attention.set_attention(attention_cfg(name_or_cfg))
         announce(self.blocks[0].attention.choice())
 
     @contextmanager
     def using_attention(self, name_or_cfg: str | Mapping):
         """`with model.using_attention("eager"): ...` and back to what it was, also after an error."""
         before = [block.attention.settings for block in self.blocks]
-        settings = attention_cfg(name_or_cfg) if isinstance(name_or_cfg, Mapping) else name_or_cfg
         try:
             for block in self.blocks:
-                block.attention.set_attention(settings)
+                block.attention.set_attention(attention_cfg(name_or_cfg))
             yield self
         finally:
             for block, kept in zip(self.blocks, before, strict=True):
@@ -140,8 +139,10 @@ class GPTModel(nn.Module):
         save(self, folder)
 
 
-def positions(ids: Tensor, padding_mask: Tensor | None, past: int) -> Int[Tensor, "batch_or_1 tokens"]:
-    """Each token's position: counted over real tokens, so that padding on the left shifts nothing."""
-    if padding_mask is None:
-        return torch.arange(past, past + ids.shape[1], device=ids.device)[None]
-    return (padding_mask.cumsum(dim=-1) - 1).clamp(min=0)[:, past:]
+def positions(ids: Tensor, padding_mask: Tensor | None, past: int, documents: Tensor | None = None) -> Tensor:
+    """Each token's position, (B or 1, T): counted over real tokens, so that padding on the left shifts nothing."""
+    places = torch.arange(past + ids.shape[1], device=ids.device)[None]
+    counted = places if padding_mask is None else (padding_mask.cumsum(dim=-1) - 1).clamp(min=0)
+    if documents is not None:
+        counted = places - torch.searchsorted(documents, documents)  # from where the number of its text stands first
+    return counted[:, past:]

@@ -46,11 +46,9 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(cfg.get("drop_rate", 0.1))
 
     def forward(
-        self,
-        x: Float[Tensor, "batch tokens emb_dim"],
-        mask: AttentionMask | None = None,
+        self, x: Float[Tensor, "batch tokens emb_dim"], mask: AttentionMask | None = None,
         cache: LayerCache | None = None,
-    ) -> Float[Tensor, "batch tokens emb_dim"]:
+    ) -> Float[Tensor, "batch tokens emb_dim"]:  # fmt: skip
         """x plus what attention and feed-forward have to add. `mask` and `cache` as in MultiHeadAttention."""
         x = tap("after_attention", x + self.dropout(self.attention(self.norm_1(x), mask=mask, cache=cache)))
         x = x + self.dropout(self.feed_forward(self.norm_2(x)))

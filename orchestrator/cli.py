@@ -4,14 +4,13 @@ Without a command it is the main job; the commands are files in `orchestrator/co
 """
 
 import argparse
-import os
 import sys
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from CMHA.choosing import canonical_name
 from GPT2Model.config import PRESET_ALIASES, PRESETS, complete, from_preset, markdown_table
+from orchestrator.answered import answered
+from orchestrator.attention_option import requested_attention
 from orchestrator.commands import COMMANDS
 from orchestrator.evaluation.machine import check_device
 from orchestrator.orchestration import cfg, run_smoke_tests
@@ -23,7 +22,6 @@ EXIT_CODES = (
     "Exit codes: 0 every step passed, 1 a step failed, 2 the command or its input was wrong, 130 interrupted,\n"
     "141 nobody read what it printed."
 )
-NOBODY_READS = 141  # what a shell reports of a program that ended because of `| head`: 128 + SIGPIPE
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -87,51 +85,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the main job, or a command; the exit code (see EXIT_CODES) is returned."""
-    try:
-        try:
-            code = run_arguments(argv)
-        except SystemExit:  # argparse, after --help
-            print(end="", flush=True)
-            raise
-        print(end="", flush=True)  # what is buffered: here, since nobody can catch an error when Python ends
-        return code
-    except BrokenPipeError:  # `| head` has read enough: an end, and nothing to complain of
-        turn_to_nowhere()
-        return NOBODY_READS
+    return answered(lambda: run_arguments(argv))
 
 
 def run_arguments(argv: list[str] | None) -> int:
-    for stream in (sys.stdout, sys.stderr):  # a console that is not UTF-8 must not end a run
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"]:  # its options are a dataclass, and tyro reads them
+        return COMMANDS["train"].run_command(argv[1:])
     args = make_parser().parse_args(argv)
-    try:
-        return COMMANDS[args.command].run(args) if args.command else run_main_job(args)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        raise
-    except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
-        if not _is_ours(error):
-            raise  # a bug: its traceback is worth more than a short line
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def turn_to_nowhere() -> None:
-    """Send what the closed streams still hold to nowhere: Python flushes once more when it ends, and would complain.
-
-    Source: the note on SIGPIPE in the documentation of Python's `signal`.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            with suppress(OSError, ValueError):  # a stream without a file behind it: a notebook's
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, stream.fileno())
-                os.close(nowhere)
+    return COMMANDS[args.command].run(args) if args.command else run_main_job(args)
 
 
 def run_main_job(args: argparse.Namespace) -> int:
@@ -171,27 +133,6 @@ def run_main_job(args: argparse.Namespace) -> int:
     return 0 if run.passed else 1
 
 
-def requested_attention(args: argparse.Namespace) -> str:
-    """What --attn_implementation asks for, or the flag that it replaced.
-
-    Raises:
-        ValueError: both are given, and mean different things.
-    """
-    new = args.attn_implementation
-    if not args.use_flash_attention:
-        return new or "auto"
-    if new is not None and canonical_name(new) != "flash_attention_2":
-        raise ValueError(
-            f"--use_flash_attention means --attn_implementation flash_attention_2, and --attn_implementation {new} is "
-            "given too: leave out the first."
-        )
-    print(
-        "warning: --use_flash_attention is deprecated and means --attn_implementation flash_attention_2: write that.",
-        file=sys.stderr,
-    )
-    return "flash_attention_2"
-
-
 def look_first(cfg: dict, text: str, corpus: str | None, preset: str) -> None:
     """Raise for what is wrong with a text or a corpus before the work, which takes minutes, and not after it."""
     first_tokens(read_text(text), batch=2, tokens=min(256, cfg["context_length"]), name=text)
@@ -205,6 +146,12 @@ def markdown_reference() -> str:
     commands = next(action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     lines = []
     for name, of in {"": parser, **commands}.items():
+        if name == "train":
+            from orchestrator.training import options
+
+            lines += ["", f"**`python train.py`**, or `python -m orchestrator train`: {COMMANDS[name].HELP}", ""]
+            lines.append(options.markdown_table())
+            continue
         help_line = COMMANDS[name].HELP if name else "the main job: the smoke tests, and with --train a small model"
         lines += ["", f"**`python -m orchestrator{' ' * bool(name)}{name}`**: {help_line}", "", "| option | meaning |"]
         lines.append("| --- | --- |")
@@ -217,14 +164,3 @@ def markdown_reference() -> str:
                 values = values or ("" if action.nargs == 0 else action.dest.upper())
                 lines.append(f"| `{' '.join([action.option_strings[-1], values]).strip()}` | {action.help} |")
     return "\n".join(lines[1:])
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether the error was raised by a line of this project, as every error for a user is."""
-    trace = error.__traceback__
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    root = Path(__file__).resolve().parent.parent
-    raised_in = Path(trace.tb_frame.f_code.co_filename).resolve()
-    rooms = ("CMHA", "TransformerBlock", "GPT2Model", "orchestrator")
-    return any(raised_in.is_relative_to(root / room) for room in rooms)

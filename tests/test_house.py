@@ -116,11 +116,16 @@ def test_every_requirement_is_one_that_an_installer_reads():
     from packaging.requirements import Requirement
 
     dynamic = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["dynamic"]
-    files = dynamic["dependencies"]["file"] + dynamic["optional-dependencies"]["dev"]["file"]
-    assert files == ["requirements.txt", "requirements-dev.txt"]
+    extras = dynamic["optional-dependencies"]
+    files = dynamic["dependencies"]["file"] + extras["dev"]["file"]
+    assert files == ["requirements.txt", "requirements-dev.txt", "requirements-hub.txt", "requirements-train.txt"]
+    assert extras["hub"]["file"] == ["requirements-hub.txt"]
+    assert extras["train"]["file"] == ["requirements-train.txt"]
     for file in files:
         lines = [line.partition(" #")[0].strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
-        assert len([Requirement(line) for line in lines if line and not line.startswith("#")]) >= 9
+        assert len([Requirement(line) for line in lines if line and not line.startswith("#")]) >= (
+            9 if file in files[:2] else 1
+        )
 
 
 def test_the_python_that_the_readme_shows_runs(tmp_path, monkeypatch):
@@ -184,13 +189,29 @@ def test_every_package_on_disk_is_listed_for_installation():
 def test_what_the_packages_import_is_in_requirements_txt():
     import sys
 
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    required = {line.split(">")[0].strip() for line in lines if line and not line.startswith("#")}
-    assert all("#" in line for line in lines if line), "each dependency has a reason beside it"
+    def listed(*files: str) -> set[str]:
+        lines = [line for file in files for line in (ROOT / file).read_text(encoding="utf-8").splitlines() if line]
+        assert all("#" in line for line in lines), "each dependency has a reason beside it"
+        return {line.split(">")[0].strip() for line in lines if not line.startswith("#")}
+
+    required, extra = listed("requirements.txt"), listed("requirements-hub.txt", "requirements-train.txt")
     imported = {module.split(".")[0] for path in sources() for module in imported_modules(path)}
     foreign = imported - set(sys.stdlib_module_names) - set(FLOORS)
-    from_tiktoken, optional = {"tiktoken_ext"}, {"huggingface_hub"}  # the second is imported where it is asked for
-    assert foreign - from_tiktoken - optional <= required
+    from_tiktoken, named_when_missing = {"tiktoken_ext"}, {"wandb"}
+    assert foreign - from_tiktoken - named_when_missing - extra <= required
+
+
+def test_what_is_an_extra_is_imported_where_it_is_asked_for_and_never_at_the_top_of_a_file():
+    extra = {"huggingface_hub", "pyarrow", "tensorboard", "datasets", "wandb"}
+    for path in sources():
+        at_the_top = ast.Module(ast.parse(path.read_text(encoding="utf-8")).body, [])
+        names = {
+            name.split(".")[0]
+            for node in at_the_top.body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module])
+        }
+        assert not names & extra, f"{path} needs {names & extra} even to be imported"
 
 
 def test_every_test_that_the_list_of_mistakes_names_exists():

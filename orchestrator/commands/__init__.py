@@ -4,9 +4,10 @@
 command, add its file and its line in `COMMANDS`.
 """
 
-from orchestrator.commands import attention_bench, check, doctor, mistakes, parity
+from orchestrator.commands import attention_bench, check, doctor, mistakes, parity, train
 
 COMMANDS = {
+    "train": train,
     "doctor": doctor,
     "parity": parity,
     "attention-bench": attention_bench,

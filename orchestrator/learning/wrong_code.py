@@ -243,7 +243,7 @@ def dropout_left_on(forward):
 
 
 def positions_restart(positions):
-    def wrong_positions(ids, padding_mask, past):
+    def wrong_positions(ids, padding_mask, past, documents=None):
         return positions(ids, None if padding_mask is None else padding_mask[:, past:], 0)
 
     return wrong_positions

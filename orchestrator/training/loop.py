@@ -1,72 +1,28 @@
-"""The training loop: a batch, the loss, the gradient, a step; now and then a look at text it has not seen.
+"""The training loop: batches, the loss, the gradient, a step; now and then a look at text it has not seen.
 
-Small and honest: AdamW with decay groups, warmup and cosine, clipping, a validation split, a progress bar.
+`train` is the one loop of this project: the notebooks, the main job and `train.py` all run it. Who wants more than a
+trained model hands it a watcher (`watch.py`), a place for checkpoints (`checkpoint.py`), or a state to go on from.
 """
 
 import math
-import sys
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from orchestrator.text.corpora import IGNORED
+from orchestrator.text.corpus_samples import as_samples
+from orchestrator.text.samples import Batch
+from orchestrator.training.loss import chunked_next_token_loss, next_token_loss, without_head
+from orchestrator.training.memory_savers import checkpoint_activations
 from orchestrator.training.optimizer import make_optimizer
+from orchestrator.training.precision import Precision, resolve_dtype
 from orchestrator.training.schedule import learning_rate
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How long and how fast to learn.
-
-    Attributes:
-        max_steps: optimizer steps.
-        batch_size: sequences in a step.
-        learning_rate: the peak.
-        warmup_steps, min_lr_ratio: see `schedule.learning_rate`.
-        weight_decay: on 2-D weights.
-        betas: AdamW's two memories; 0.95, shorter than torch's 0.999, is what GPT training uses.
-        clip: gradients longer than this are scaled down to it.
-        eval_steps: steps between two looks at the validation split.
-        seed: of dropout. (The corpus has its own: which batch comes when.)
-    Raises:
-        ValueError: every number that makes no sense, at once.
-    """
-
-    max_steps: int
-    batch_size: int
-    learning_rate: float
-    warmup_steps: int
-    min_lr_ratio: float = 0.05
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
-    eval_steps: int = 50
-    seed: int = 0
-
-    def __post_init__(self):
-        low = {
-            "max_steps": 1,
-            "batch_size": 1,
-            "learning_rate": 0,
-            "warmup_steps": 0,
-            "weight_decay": 0,
-            "eval_steps": 1,
-        }
-        values = asdict(self)
-        problems = [
-            f"{name} must be {least} or more, got {values[name]}" for name, least in low.items() if values[name] < least
-        ]
-        if not 0 <= self.min_lr_ratio <= 1:
-            problems.append(f"min_lr_ratio must be from 0 to 1, got {self.min_lr_ratio}")
-        if self.clip <= 0:
-            problems.append(f"clip must be above 0, got {self.clip}")
-        if problems:
-            raise ValueError("the training settings are wrong: " + "; ".join(problems) + ".")
+from orchestrator.training.settings import TrainSettings
+from orchestrator.training.state import TrainState
+from orchestrator.training.watch import ProgressBar, StepRecord, Watch
 
 
 @dataclass
@@ -77,88 +33,222 @@ class History:
         train: (step, loss in nats per token) of every step's own batch, before that step's update.
         validation: (step, loss in nats per token) after that many updates.
         seconds: of the whole run. tokens: predicted in training.
+        stopped: why the run ended before its last step; None: it did not.
     """
 
     train: list[tuple[int, float]] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
     tokens: int = 0
+    stopped: str | None = None
 
 
-def next_token_loss(
-    logits: Float[Tensor, "batch tokens vocab_size"], targets: Int[Tensor, "batch tokens"], reduction: str = "mean"
-) -> Float[Tensor, ""]:
-    """Cross-entropy in nats between each position's logits and the token that follows it.
-
-    Targets of `IGNORED` (padding) do not count, neither in the sum nor in the mean.
-    """
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction=reduction)
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float:
-    """The mean loss per predicted token, in nats, over all tokens of all batches; in eval mode, and back."""
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()
-    total, tokens = 0.0, 0
-    try:
-        for inputs, targets in batches:
-            inputs, targets = inputs.to(device), targets.to(device)
-            total += next_token_loss(model(inputs), targets, reduction="sum").item()
-            tokens += int((targets != IGNORED).sum())
-    finally:
-        model.train(was_training)
-    return total / tokens
-
-
-def train(model: nn.Module, corpus, settings: TrainSettings, *, progress: bool = True) -> History:
-    """Teach `model` the corpus, in place.
+def train(
+    model: nn.Module,
+    samples,
+    settings: TrainSettings,
+    *,
+    progress: bool = True,
+    state: TrainState | None = None,
+    watch: Watch | None = None,
+    checkpoints=None,
+    write: Callable[[nn.Module], str] | None = None,
+    sample_steps: int = 0,
+    stop: Callable[[], str | None] = lambda: None,
+) -> History:
+    """Teach `model` what `samples` hold, in place.
 
     Args:
         model: a GPTModel; left in eval mode.
-        corpus: `batch(index, batch_size)` and `validation`: see `orchestrator/text/corpora.py`.
-        settings: how long and how fast.
-        progress: show a bar.
+        samples: see `orchestrator/text/samples.py`; or a corpus of `orchestrator/text/corpora.py`.
+        settings: how long, how fast, in which numbers.
+        progress: show a bar, if no watcher is given.
+        state: go on from here (see `start`); None: from the beginning.
+        watch: who is told of every step.
+        checkpoints: `due(step)` and `save(state)`, see `checkpoint.py`; None: nothing is kept.
+        write: model -> a text, shown every `sample_steps` steps.
+        stop: asked before every step; a reason ends the run there, with everything saved.
     Returns:
-        the losses on the way; validation is looked at before the first step and after the last.
+        the losses on the way.
     Raises:
         ValueError: a corpus too small for one batch.
-        FloatingPointError: the loss is no longer a number.
+        FloatingPointError: the loss is no longer a number, several steps in a row; the state is saved before.
     """
-    device = next(model.parameters()).device
-    torch.manual_seed(settings.seed)
-    optimizer = make_optimizer(model, settings.learning_rate, settings.weight_decay, settings.betas)
-    history, start = History(), time.perf_counter()
-    live = sys.stderr.isatty() or "ipykernel" in sys.modules  # into a file: a line now and then, not ten a second
-    pace = {"mininterval": 0.1 if live else 10.0, "dynamic_ncols": live}
-    bar = tqdm(range(settings.max_steps), desc="training", unit="step", disable=not progress, **pace)
-    model.train()
-    for step in bar:
-        if step % settings.eval_steps == 0:
-            history.validation.append((step, evaluate(model, corpus.validation)))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(
-                step,
-                peak=settings.learning_rate,
-                warmup_steps=settings.warmup_steps,
-                max_steps=settings.max_steps,
-                min_ratio=settings.min_lr_ratio,
-            )
-        inputs, targets = corpus.batch(step, settings.batch_size)
-        loss = next_token_loss(model(inputs.to(device)), targets.to(device))
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {step}: lower the learning rate (now {settings.learning_rate})."
-            )
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    state = state or start(model, settings)
+    samples, watch = as_samples(samples), watch or (ProgressBar() if progress else Watch())
+    device, counters = next(model.parameters()).device, state.counters
+    precision = Precision(resolve_dtype(settings.dtype, str(device)), str(device), state.scaler)
+    held_out = samples.validation(settings.eval_tokens)
+    history, started = History(), time.perf_counter()
 
-        history.train.append((step, loss.item()))
-        history.tokens += int((targets != IGNORED).sum())
-        bar.set_postfix(loss=f"{loss.item():.3f}", validation=f"{history.validation[-1][1]:.3f}", refresh=False)
-    history.validation.append((settings.max_steps, evaluate(model, corpus.validation)))
-    history.seconds = time.perf_counter() - start
-    model.eval()
+    def look() -> None:
+        began = time.perf_counter()
+        loss = evaluate(model, held_out, precision)
+        state.take_note(loss)
+        history.validation.append((counters.step, loss))
+        watch.evaluation(counters.step, loss, count_targets(held_out), time.perf_counter() - began)
+
+    def save() -> None:
+        if checkpoints is not None:
+            checkpoints.save(state)
+
+    watch.start(counters.step, settings.max_steps)
+    try:
+        if counters.step == 0 and settings.eval_on_start:
+            look()
+        model.train()
+        while counters.step < settings.max_steps:
+            history.stopped = stop()
+            if history.stopped is not None:
+                save()
+                break
+            began = time.perf_counter()
+            rate = set_learning_rate(state.optimizer, counters.step, settings)
+            batches = next_batches(samples, counters.sample, settings, device)
+            loss = accumulate_gradients(model, batches, settings, precision)
+            norm, skipped = update(model, state.optimizer, loss, settings, precision)
+
+            history.train.append((counters.step, loss))
+            tokens = count_targets(batches)
+            counters.step += 1
+            counters.sample += settings.samples_per_step
+            counters.tokens += tokens
+            counters.skipped += skipped is not None
+            counters.bad_in_a_row = counters.bad_in_a_row + 1 if skipped else 0
+            state.validation_loss = None
+            seconds = time.perf_counter() - began
+            watch.step(StepRecord(counters.step, loss, rate, norm, tokens, seconds, skipped))
+            if counters.bad_in_a_row >= settings.max_bad_steps:
+                save()
+                raise FloatingPointError(advice(skipped, state))
+
+            last = counters.step == settings.max_steps
+            if last or counters.step % settings.eval_steps == 0:
+                look()
+            if write is not None and sample_steps and (last or counters.step % sample_steps == 0):
+                watch.sample(counters.step, write(model))
+            if checkpoints is not None and (last or checkpoints.due(counters.step)):
+                save()
+    finally:
+        watch.close()
+        model.eval()
+    history.seconds, history.tokens = time.perf_counter() - started, counters.tokens
     return history
+
+
+def start(model: nn.Module, settings: TrainSettings) -> TrainState:
+    """The state before the first step; the model is made ready as the settings say, and the seed is set."""
+    torch.manual_seed(settings.seed)
+    if settings.activation_checkpointing:
+        checkpoint_activations(model)
+    if settings.compile:
+        model.compile()  # in place: the names in its state dict stay
+    optimizer = make_optimizer(model, settings.learning_rate, settings.weight_decay, settings.betas, settings.optimizer)
+    device = str(next(model.parameters()).device)
+    return TrainState(model, optimizer, Precision(resolve_dtype(settings.dtype, device), device).scaler, settings)
+
+
+def set_learning_rate(optimizer, step: int, settings: TrainSettings) -> float:
+    """Give every group its rate for this step, and return the first one's."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(
+            step,
+            peak=group["peak"],
+            warmup_steps=settings.warmup_steps,
+            max_steps=settings.max_steps,
+            min_ratio=settings.min_lr_ratio,
+            schedule=settings.schedule,
+            decay_part=settings.decay_part,
+        )
+    return optimizer.param_groups[0]["lr"]
+
+
+def next_batches(samples, first: int, settings: TrainSettings, device) -> list[Batch]:
+    """The batches of one step: samples `first` .. `first + samples_per_step - 1`."""
+    starts = range(first, first + settings.samples_per_step, settings.batch_size)
+    return [to_device(samples.batch(at, settings.batch_size), device) for at in starts]
+
+
+def accumulate_gradients(
+    model: nn.Module, batches: list[Batch], settings: TrainSettings, precision: Precision
+) -> float:
+    """Add the gradients of all batches of a step up; returns the loss, the mean over all *tokens* of the step.
+
+    Why by tokens: batches with padding hold unequal numbers of them, and a mean of means would weigh the tokens of a
+    short text more. So each batch's mean counts by its part of the tokens.
+    """
+    total, loss = count_targets(batches), 0.0
+    for batch in batches:
+        part = count_targets([batch]) / total
+        with precision.autocast():
+            mean = batch_loss(model, batch, settings.loss_chunk_tokens)
+        precision.scaler.scale(mean * part).backward()
+        loss += mean.item() * part
+    return loss
+
+
+def batch_loss(model: nn.Module, batch: Batch, chunk_tokens: int = 0) -> Tensor:
+    """The mean loss of one batch, whole or in chunks; packed documents do not see each other."""
+    documents = {} if batch.documents is None else {"documents": batch.documents}
+    if not chunk_tokens:
+        return next_token_loss(model(batch.inputs, **documents), batch.targets)
+    with without_head(model) as head:
+        hidden = model(batch.inputs, **documents)
+    return chunked_next_token_loss(hidden, head, batch.targets, chunk_tokens)
+
+
+def update(
+    model: nn.Module, optimizer, loss: float, settings: TrainSettings, precision: Precision
+) -> tuple[float, str | None]:
+    """Clip the gradient and step; returns its norm before clipping, and why there was no step, if there was none.
+
+    A loss or a gradient that is no number would make every weight one that is none: such a step is left out. Under
+    fp16 a gradient may overflow because the scale is too high; then the scaler lowers it, and that is no fault.
+    """
+    precision.scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip).item()
+    skipped = None
+    if not math.isfinite(loss):
+        skipped = f"the loss is {loss}"
+    elif not math.isfinite(norm) and not precision.scaler.is_enabled():
+        skipped = f"the gradient's norm is {norm}"
+    if skipped is None:
+        precision.scaler.step(optimizer)
+    if precision.scaler.is_enabled():
+        precision.scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, skipped
+
+
+def advice(skipped: str, state: TrainState) -> str:
+    return (
+        f"{skipped} at step {state.counters.step - 1}, the last of {state.counters.bad_in_a_row} such steps in a row: "
+        f"lower the learning rate (now {state.settings.learning_rate}), lengthen the warmup, or use fp32 or bf16."
+    )
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: list, precision: Precision | None = None) -> float:
+    """The mean loss per predicted token, in nats, over all tokens of all batches; in eval mode, and back."""
+    device, was_training = next(model.parameters()).device, model.training
+    precision = precision or Precision("fp32", str(device))
+    model.eval()
+    total = 0.0
+    try:
+        for batch in batches:
+            inputs, targets, documents = to_device(Batch(*batch), device)
+            known = {} if documents is None else {"documents": documents}
+            with precision.autocast():
+                total += next_token_loss(model(inputs, **known), targets, reduction="sum").item()
+    finally:
+        model.train(was_training)
+    return total / count_targets(batches)
+
+
+def to_device(batch: Batch, device) -> Batch:
+    return Batch(*(part if part is None else part.to(device, non_blocking=True) for part in batch))
+
+
+def count_targets(batches: list) -> int:
+    """How many tokens are predicted in these batches."""
+    return sum(int((targets != IGNORED).sum()) for _, targets, *_ in batches)

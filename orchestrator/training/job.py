@@ -1,0 +1,321 @@
+"""One training run, from the options to the folder that it leaves: `python train.py`, `python -m orchestrator train`.
+
+Everything that can be wrong is looked at before the first step: the options, the data, the model, the device, the
+folder, and what is resumed. Then `loop.train` does the work.
+"""
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from CMHA.choosing import attention_report
+from GPT2Model.config import from_preset
+from GPT2Model.files import replace_text
+from GPT2Model.generation import generate
+from GPT2Model.gpt2 import GPTModel
+from orchestrator.attention_option import requested_attention
+from orchestrator.evaluation.machine import check_device, describe_attention, describe_machine, machine_facts
+from orchestrator.report import make_folder, plain
+from orchestrator.text.samples import Samples, open_samples
+from orchestrator.text.tokenizers import Tokenizer, fingerprint, tokenizer_facts, tokenizer_from
+from orchestrator.training import checkpoint, metrics, mfu, profiling
+from orchestrator.training.loop import History, start, train
+from orchestrator.training.options import SETTINGS_FILE, Options, run_folder, save_options
+from orchestrator.training.precision import resolve_dtype
+from orchestrator.training.settings import TrainSettings
+from orchestrator.training.state import TrainState
+from orchestrator.training.watch import ProgressBar, Several, Watch
+from orchestrator.views.run_figures import save_run_figures
+
+TOKENIZER_FILE = "tokenizer_facts.json"
+SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+EXIT_OF = {"SIGTERM": 143, "Ctrl-C": 130}  # what a shell reports of a program that a signal ended
+FAILED = 1
+
+logger = logging.getLogger("orchestrator")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that was looked at and can begin.
+
+    Attributes:
+        options: with nothing left open but what None means. settings: of the loop.
+        out: the folder of the run. samples, model, device, dtype: what learns from what, where.
+        resumed: the checkpoint to go on from, None: from the beginning.
+    """
+
+    options: Options
+    settings: TrainSettings
+    out: Path
+    samples: Samples
+    model: GPTModel
+    device: str
+    resumed: Path | None
+
+    @property
+    def max_length(self) -> int:
+        return self.options.max_length
+
+
+def run(options: Options) -> int:
+    """Train as the options say, and leave a folder; the exit code is returned.
+
+    Returns:
+        0: trained. 1: the loss was no number any more, or the last save failed. 130, 143: stopped by Ctrl-C or
+        SIGTERM, and saved.
+    Raises:
+        ValueError, FileNotFoundError, OSError, ImportError: what is wrong, before anything was trained.
+    """
+    job = assemble(options)
+    say_what_happens(job)
+    save_options(job.options, job.out / SETTINGS_FILE)
+    (job.out / "figures").mkdir(exist_ok=True)
+    state = start(job.model, job.settings)
+    if job.resumed is not None:
+        checkpoint.restore(job.resumed, state)
+        print(f"resumed from {job.resumed}, after step {state.counters.step}", flush=True)
+    kept = checkpoint.Checkpoints(
+        job.out / "checkpoints", every=job.options.save_steps, keep_last=job.options.keep_last, facts=facts_of(job)
+    )
+    try:
+        with stop_signal() as asked, kept:
+            history = train(
+                job.model, job.samples, job.settings, state=state, watch=watchers(job, state), checkpoints=kept,
+                write=lambda model: write(model, job), sample_steps=job.options.sample_steps, stop=asked,
+            )  # fmt: skip
+    except FloatingPointError as error:
+        print(f"error: {error}\nsaved: {job.out / 'checkpoints'}", file=sys.stderr)
+        return FAILED
+    return finish(job, state, history)
+
+
+def assemble(options: Options) -> Job:
+    """Look at everything before the work: raises for what is wrong, with what to do."""
+    out = Path(options.out or Path("runs") / datetime.now().strftime("train-%Y-%m-%d_%H%M%S"))
+    resumed = what_to_resume(options, out)
+    device = check_device(options.device)
+    sizes = cfg_of(options)
+    options = replace(options, out=str(out), max_length=options.max_length or sizes["context_length"], device=device)
+    settings = options.train_settings(sizes["emb_dim"], options.max_length)
+    settings = replace(settings, dtype=resolve_dtype(settings.dtype, device))
+    samples = open_samples(
+        options.dataset, options.tokenizer, options.max_length, options.seed, options.data_dir, options.pack_documents
+    )
+    options = replace(options, tokenizer=samples.tokenizer.name, **{
+        name: getattr(settings, name) for name in ("dtype", "batch_size", "learning_rate", "warmup_steps")
+    })  # fmt: skip
+    samples.batch(0, settings.batch_size)  # a batch larger than the data shows here
+    model = make_model(options, sizes, samples.tokenizer, device)
+    make_folder(out)
+    job = Job(options, settings, out, samples, model, device, resumed)
+    if resumed is not None:
+        checkpoint.check_same_run(resumed, facts_of(job))
+    return job
+
+
+def what_to_resume(options: Options, out: Path) -> Path | None:
+    """The checkpoint to go on from, if that is asked for and there is one.
+
+    Raises:
+        ValueError: the folder holds a run already, and nobody said to go on with it.
+        FileNotFoundError: there is nothing to resume from.
+    """
+    place = out / "checkpoints"
+    if options.resume is None:
+        if place.is_dir() and any(place.iterdir()):
+            raise ValueError(
+                f"{out} holds a run already: --resume auto goes on with it, another --out begins a new one."
+            )
+        return None
+    if options.resume == "auto":
+        if options.out is None:
+            raise ValueError("--resume auto looks in the folder of the run: say which, with --out DIR.")
+        return checkpoint.find(place)
+    given = Path(options.resume).expanduser()
+    if given.resolve() == run_folder(given).resolve():
+        found = checkpoint.find(given / "checkpoints")
+        if found is None:
+            raise FileNotFoundError(f"--resume {given}: it has no checkpoints yet.")
+        return found
+    checkpoint.verify(given)
+    return given
+
+
+def cfg_of(options: Options) -> dict:
+    """The cfg of the model, but for its vocabulary.
+
+    Raises:
+        ValueError: a preset or folder that does not exist, or sizes that contradict it.
+    """
+    attention = {
+        "attn_implementation": requested_attention(options),
+        "attn_strict": options.attn_strict,
+        "disable_mps_fix": options.disable_mps_fix,
+    }
+    changes = {"context_length": options.max_length, "drop_rate": options.drop_rate}
+    changes |= {name: getattr(options, name) for name in ("n_layers", "n_heads", "emb_dim")}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if not Path(options.model).is_dir():
+        return from_preset(options.model, **changes, **attention)
+    fixed = sorted(changes.keys() & {"n_layers", "n_heads", "emb_dim"})
+    if fixed:
+        raise ValueError(
+            f"--model {options.model} is a folder with weights: {', '.join(fixed)} are theirs, leave them out."
+        )
+    cfg = GPTModel.from_pretrained(options.model).cfg
+    if changes.get("context_length", 0) > cfg["context_length"]:
+        raise ValueError(
+            f"--max_length {options.max_length} is more than the {cfg['context_length']} positions of {options.model}."
+        )
+    return {**cfg, **attention, "drop_rate": changes.get("drop_rate", cfg["drop_rate"])}
+
+
+def make_model(options: Options, sizes: dict, tokenizer: Tokenizer, device: str) -> GPTModel:
+    """Fresh weights from the seed, or those of a folder."""
+    if Path(options.model).is_dir():
+        if sizes["vocab_size"] < tokenizer.vocab_size:
+            raise ValueError(
+                f"{options.model} has a vocabulary of {sizes['vocab_size']}, the tokenizer {tokenizer.name} one of "
+                f"{tokenizer.vocab_size}: choose the tokenizer that it was trained with."
+            )
+        attention = {
+            name: sizes[name] for name in ("attn_implementation", "attn_strict", "disable_mps_fix", "drop_rate")
+        }
+        return GPTModel.from_pretrained(options.model, attention).to(device)
+    torch.manual_seed(options.seed)
+    return GPTModel({**sizes, "vocab_size": tokenizer.vocab_size}).to(device)
+
+
+def facts_of(job: Job) -> dict:
+    """What a checkpoint must say of its run, so that it can be opened alone, and is never gone on with as another."""
+    return {
+        "cfg": job.model.cfg,
+        "tokenizer": tokenizer_facts(job.samples.tokenizer),
+        "tokenizer_fingerprint": fingerprint(job.samples.tokenizer),
+        "options": asdict(job.options),
+        "settings": asdict(job.settings),
+        "attention": job.model.attention_report()["chosen"],
+    }
+
+
+def say_what_happens(job: Job) -> None:
+    """The run in a few lines, before it begins."""
+    model, settings = job.model, job.settings
+    for line in describe_machine(job.device):
+        print(line)
+    print(f"model: {job.options.model}, {model.num_parameters():,} parameters, sequences of {job.max_length} tokens")
+    print(f"data: {job.samples.describe()}")
+    for line in describe_attention(model):
+        print(line)
+    tokens = settings.samples_per_step * job.max_length
+    print(
+        f"{settings.max_steps} steps of {settings.samples_per_step} x {job.max_length} = {tokens:,} tokens, "
+        f"{settings.dtype}, {settings.optimizer}, learning rate {settings.learning_rate:.2g}"
+    )
+    print(f"folder: {job.out}", flush=True)
+
+
+def watchers(job: Job, state: TrainState) -> Watch:
+    """A bar on the screen, JSON lines in the folder, and what else was asked for."""
+    options, cfg = job.options, job.model.cfg
+    peak = mfu.peak_flops(job.device, job.settings.dtype)
+    rate = (cfg, job.max_length, peak)
+    step = state.counters.step if job.resumed else None
+    found: list[Watch] = [ProgressBar(rate), metrics.JsonLines(job.out / "metrics.jsonl", step, rate)]
+    if options.tensorboard:
+        found.append(metrics.TensorBoard(job.out / "tensorboard", step, rate))
+    if options.wandb:
+        found.append(metrics.WeightsAndBiases(job.out, asdict(options), resumed=job.resumed is not None, rate=rate))
+    if options.profile:
+        found.append(profiling.Profile(job.out / "profile", job.device))
+    return Several(*found)
+
+
+@contextmanager
+def stop_signal() -> Iterator:
+    """For the time of a `with`, SIGTERM and Ctrl-C end the run after its step; a second Ctrl-C ends it at once."""
+    asked: list[str] = []
+
+    def note(number, frame):
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(SIGNALS[number])
+
+    before = {number: signal.signal(number, note) for number in SIGNALS}
+    try:
+        yield lambda: asked[0] if asked else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@torch.compiler.set_stance("force_eager")  # prompts of many lengths: each would be compiled anew
+def write(model: GPTModel, job: Job, new_tokens: int = 60) -> str:
+    """A short sample: the prompt in brackets, and what the model makes of it. One seed, whatever else is random."""
+    tokenizer = job.samples.tokenizer
+    given = job.options.prompt
+    prompt = job.samples.prompt() if given is None else torch.tensor([tokenizer.encode(given)])
+    prompt = prompt[:, -(model.cfg["context_length"] // 2) :].to(job.device)
+    ids = generate(model, prompt, new_tokens, 0.8, seed=job.options.seed, stop_tokens=tokenizer.end_of_text)[0].tolist()
+    start_, new = ids[: prompt.shape[1]], ids[prompt.shape[1] :]
+    new = new[: new.index(tokenizer.end_of_text)] if tokenizer.end_of_text in new else new
+    return f"[{tokenizer.decode(start_)}]{tokenizer.decode(new)}"
+
+
+def finish(job: Job, state: TrainState, history: History) -> int:
+    """The figures, and the model if the run came to its end."""
+    figures = save_run_figures(
+        job.out / "metrics.jsonl", job.out / "figures", title=f"{job.options.model} on {job.samples.name}",
+        floor=job.samples.floor, clip=job.settings.clip,
+    )  # fmt: skip
+    counters = state.counters
+    if history.stopped:
+        print(
+            f"stopped by {history.stopped} after step {counters.step}, saved. Go on: python train.py --resume {job.out}"
+        )
+        return EXIT_OF[history.stopped]
+    final = save_final(job)
+    facts = {"counters": asdict(counters), "machine": machine_facts(job.device), "attention": attention_report()}
+    replace_text(job.out / "report.json", json.dumps(plain(facts), indent=2) + "\n")
+    loss, floor = state.validation_loss, job.samples.floor
+    known = f"; the exact floor is {floor:.4f}" if floor is not None else ""
+    best = f"best {counters.best_loss:.4f} after step {counters.best_step}"
+    print(f"validation loss {loss:.4f} nats per token{known}; {best}")
+    print(f"{counters.tokens:,} tokens in {history.seconds:.0f} s; steps skipped: {counters.skipped}")
+    print(f"figures: {', '.join(str(path) for path in figures)}")
+    print(f"model: {final}  (GPTModel.from_pretrained({str(final)!r}))")
+    return 0
+
+
+def save_final(job: Job) -> Path:
+    """OUT/final: the weights as `from_pretrained` opens them, and the tokenizer."""
+    final = job.out / "final"
+    job.model.save_pretrained(final)
+    facts = tokenizer_facts(job.samples.tokenizer)
+    replace_text(final / TOKENIZER_FILE, json.dumps(facts, ensure_ascii=False, indent=1) + "\n")
+    return final
+
+
+def open_trained(folder: str | Path) -> tuple[GPTModel, Tokenizer]:
+    """The model that a run left, and its tokenizer.
+
+    Args:
+        folder: OUT, or OUT/final.
+    Raises:
+        FileNotFoundError: no finished run there.
+    """
+    folder = Path(folder)
+    final = folder if (folder / TOKENIZER_FILE).is_file() else folder / "final"
+    if not (final / TOKENIZER_FILE).is_file():
+        raise FileNotFoundError(f"{folder} has no {TOKENIZER_FILE}: pass the folder of a run that came to its end.")
+    facts = json.loads((final / TOKENIZER_FILE).read_text(encoding="utf-8"))
+    return GPTModel.from_pretrained(final), tokenizer_from(facts)
