@@ -20,16 +20,16 @@ def test_an_example_runs_from_another_folder_and_says_pass(example, tmp_path):
 
 
 def test_the_example_fails_when_flash_and_manual_do_not_agree(monkeypatch, capsys):
-    from CMHA.choosing import choose
+    from CMHA.choosing.choose import chosen_once
     from CMHA.implementations import sdpa
 
     real = sdpa.attention
     monkeypatch.setattr(sdpa, "attention", lambda *args, scale, **more: real(*args, scale=scale * 1.01, **more))
-    choose.cache_clear()
+    chosen_once.cache_clear()
     try:
         with pytest.raises(SystemExit) as left:
             runpy.run_path(str(EXAMPLES[0]), run_name="__main__")
     finally:
-        choose.cache_clear()
+        chosen_once.cache_clear()
     assert left.value.code == 1
     assert "FAIL" in capsys.readouterr().out

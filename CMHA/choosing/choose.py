@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 
+from torch.compiler import is_compiling
+
 from CMHA.choosing.names import AUTO, canonical_name, not_built
 from CMHA.implementations import IMPLEMENTATIONS
 from CMHA.request import AttentionRequest, Reason
@@ -86,7 +88,6 @@ class AttentionChoice:
         return no or "as asked"
 
 
-@lru_cache(maxsize=4096)
 def choose(settings: AttentionSettings, request: AttentionRequest) -> AttentionChoice:
     """The implementation that serves `request` under `settings`.
 
@@ -96,9 +97,17 @@ def choose(settings: AttentionSettings, request: AttentionRequest) -> AttentionC
     Raises:
         ValueError: `attn_strict` and the named one cannot serve; the message holds every reason.
     """
+    # torch.compile traces a call once and for all, and warns where it meets a cache
+    return (chosen_anew if is_compiling() else chosen_once)(settings, request)
+
+
+def chosen_anew(settings: AttentionSettings, request: AttentionRequest) -> AttentionChoice:
     choice = decide(settings, request)
     warn_of_fallback(choice)
     return choice
+
+
+chosen_once = lru_cache(maxsize=4096)(chosen_anew)
 
 
 def decide(settings: AttentionSettings, request: AttentionRequest) -> AttentionChoice:

@@ -25,8 +25,9 @@ from orchestrator.attention_option import requested_attention
 from orchestrator.evaluation.machine import check_device, describe_attention, describe_machine, machine_facts
 from orchestrator.report import make_folder, plain
 from orchestrator.text.samples import Samples, open_samples
-from orchestrator.text.tokenizers import Tokenizer, fingerprint, tokenizer_facts, tokenizer_from
+from orchestrator.text.tokenizers import Tokenizer, fingerprint, tokenizer_facts
 from orchestrator.training import checkpoint, metrics, mfu, profiling
+from orchestrator.training.final import save_final
 from orchestrator.training.loop import History, start, train
 from orchestrator.training.options import SETTINGS_FILE, Options, run_folder, save_options
 from orchestrator.training.precision import resolve_dtype
@@ -35,7 +36,6 @@ from orchestrator.training.state import TrainState
 from orchestrator.training.watch import ProgressBar, Several, Watch
 from orchestrator.views.run_figures import save_run_figures
 
-TOKENIZER_FILE = "tokenizer_facts.json"
 SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 EXIT_OF = {"SIGTERM": 143, "Ctrl-C": 130}  # what a shell reports of a program that a signal ended
 FAILED = 1
@@ -165,7 +165,7 @@ def cfg_of(options: Options) -> dict:
     changes |= {name: getattr(options, name) for name in ("n_layers", "n_heads", "emb_dim")}
     changes = {name: value for name, value in changes.items() if value is not None}
     if not Path(options.model).is_dir():
-        return from_preset(options.model, **changes, **attention)
+        return from_preset(options.model, **{"drop_rate": 0.0} | changes, **attention)
     fixed = sorted(changes.keys() & {"n_layers", "n_heads", "emb_dim"})
     if fixed:
         raise ValueError(
@@ -275,7 +275,7 @@ def finish(job: Job, state: TrainState, history: History) -> int:
     """The figures, and the model if the run came to its end."""
     figures = save_run_figures(
         job.out / "metrics.jsonl", job.out / "figures", title=f"{job.options.model} on {job.samples.name}",
-        floor=job.samples.floor, clip=job.settings.clip,
+        floor=floor_of(job), clip=job.settings.clip,
     )  # fmt: skip
     counters = state.counters
     if history.stopped:
@@ -283,39 +283,23 @@ def finish(job: Job, state: TrainState, history: History) -> int:
             f"stopped by {history.stopped} after step {counters.step}, saved. Go on: python train.py --resume {job.out}"
         )
         return EXIT_OF[history.stopped]
-    final = save_final(job)
+    final = job.out / "final"
+    save_final(job.model, job.samples.tokenizer, final)
     facts = {"counters": asdict(counters), "machine": machine_facts(job.device), "attention": attention_report()}
     replace_text(job.out / "report.json", json.dumps(plain(facts), indent=2) + "\n")
-    loss, floor = state.validation_loss, job.samples.floor
-    known = f"; the exact floor is {floor:.4f}" if floor is not None else ""
-    best = f"best {counters.best_loss:.4f} after step {counters.best_step}"
-    print(f"validation loss {loss:.4f} nats per token{known}; {best}")
-    print(f"{counters.tokens:,} tokens in {history.seconds:.0f} s; steps skipped: {counters.skipped}")
+    if state.validation_loss is not None:
+        floor = floor_of(job)
+        known = f"; the exact floor is {floor:.4f}" if floor is not None else ""
+        best = f"best {counters.best_loss:.4f} after step {counters.best_step}"
+        print(f"validation loss {state.validation_loss:.4f} nats per token{known}; {best}")
+    since = f", {history.seconds:.0f} s of it since it was resumed" if job.resumed else f" in {history.seconds:.0f} s"
+    print(f"{counters.tokens:,} tokens{since}; steps skipped: {counters.skipped}")
     print(f"figures: {', '.join(str(path) for path in figures)}")
-    print(f"model: {final}  (GPTModel.from_pretrained({str(final)!r}))")
+    print(f"model: {final}; to open it: open_trained({str(job.out)!r}) of orchestrator/training/final.py")
     return 0
 
 
-def save_final(job: Job) -> Path:
-    """OUT/final: the weights as `from_pretrained` opens them, and the tokenizer."""
-    final = job.out / "final"
-    job.model.save_pretrained(final)
-    facts = tokenizer_facts(job.samples.tokenizer)
-    replace_text(final / TOKENIZER_FILE, json.dumps(facts, ensure_ascii=False, indent=1) + "\n")
-    return final
-
-
-def open_trained(folder: str | Path) -> tuple[GPTModel, Tokenizer]:
-    """The model that a run left, and its tokenizer.
-
-    Args:
-        folder: OUT, or OUT/final.
-    Raises:
-        FileNotFoundError: no finished run there.
-    """
-    folder = Path(folder)
-    final = folder if (folder / TOKENIZER_FILE).is_file() else folder / "final"
-    if not (final / TOKENIZER_FILE).is_file():
-        raise FileNotFoundError(f"{folder} has no {TOKENIZER_FILE}: pass the folder of a run that came to its end.")
-    facts = json.loads((final / TOKENIZER_FILE).read_text(encoding="utf-8"))
-    return GPTModel.from_pretrained(final), tokenizer_from(facts)
+def floor_of(job: Job) -> float | None:
+    """The exact loss that a perfect model would have on what is looked at, where it is known: on the tales."""
+    samples = job.samples
+    return samples.floor_of(job.settings.eval_tokens) if samples.floor is not None else None

@@ -18,6 +18,10 @@ from GPT2Model.files import replace_text
 from orchestrator.training.settings import TrainSettings
 
 SETTINGS_FILE = "settings.toml"  # in the folder of a run: what it was told, and what followed
+EXIT_CODES = (
+    "Exit codes: 0 trained; 1 the loss was no number any more, or the last save failed; 2 the command or its input was "
+    "wrong; 130 or 143: stopped by Ctrl-C or SIGTERM, and saved (--resume goes on)."
+)
 TOKENS = 4096  # in one forward pass, if nobody says how many sequences
 
 
@@ -44,7 +48,7 @@ class Options:
     n_heads: int | None = None
     # another width than the preset's
     emb_dim: int | None = None
-    # another dropout than the model's
+    # dropout; None: 0 for fresh weights, which see a text about once, and for a folder's what its model has
     drop_rate: float | None = None
 
     # auto, eager, sdpa, flash_tiled, flash_attention_2, flash_attention_3, flex_attention or paged_attention;
@@ -154,7 +158,10 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         before = replace(from_toml(folder / SETTINGS_FILE, Options()), out=str(folder))
     if config not in (None, "None"):
         before = from_toml(Path(config).expanduser(), before)
-    return tyro.cli(Options, args=argv, default=before, prog="python train.py", use_underscores=True)
+    description = f"{Options.__doc__}\n\n{EXIT_CODES}"
+    return tyro.cli(
+        Options, args=argv, default=before, prog="python train.py", description=description, use_underscores=True
+    )
 
 
 def value_of(name: str, argv: Sequence[str]) -> str | None:
@@ -231,8 +238,9 @@ def kind_name(kind: Any) -> str:
 
 
 def save_options(options: Options, file: Path) -> None:
-    """Write options as TOML; what is None is left out."""
-    given = {name: value for name, value in asdict(options).items() if value is not None and name != "config"}
+    """Write options as TOML; what is None is left out, and how the run was started again, which is no setting of it."""
+    left_out = ("config", "resume")
+    given = {name: value for name, value in asdict(options).items() if value is not None and name not in left_out}
     replace_text(file, tomli_w.dumps(given | {"betas": list(options.betas)}))
 
 

@@ -17,7 +17,7 @@ def fresh_choices():
     """Choices and warnings are remembered for the process: forget them, also those about fake implementations."""
 
     def forget():
-        choosing.choose.cache_clear()
+        choosing.chosen_once.cache_clear()
         choosing._warned.clear()
 
     forget()

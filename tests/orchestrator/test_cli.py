@@ -113,13 +113,13 @@ def test_a_failed_step_makes_the_exit_code_1(tmp_path, monkeypatch, capsys):
         return real(queries, keys, values, mask, scale=scale * 1.01, dropout=dropout)
 
     monkeypatch.setattr(sdpa, "attention", slightly_wrong)
-    from CMHA.choosing import choose
+    from CMHA.choosing.choose import chosen_once
 
-    choose.cache_clear()
+    chosen_once.cache_clear()
     try:
         assert main([*SMALL, "--out", str(tmp_path)]) == 1
     finally:
-        choose.cache_clear()
+        chosen_once.cache_clear()
     printed = capsys.readouterr().out
     assert "FAIL  attention by sdpa" in printed
     assert "FAIL  the whole model, use_flash=True (sdpa) and False" in printed

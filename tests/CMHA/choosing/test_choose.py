@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from CMHA.choosing import AttentionSettings, announce, attention_report, choose
+from CMHA.choosing.choose import chosen_once
 from CMHA.cmha import MultiHeadAttention
 from CMHA.implementations import IMPLEMENTATIONS, eager
 from CMHA.request import AttentionRequest, Reason
@@ -151,7 +152,7 @@ def test_on_mps_sdpa_gives_way_to_eager_until_the_guard_is_turned_off(name):
 def test_on_mps_a_warning_says_why_and_how_to_be_rid_of_it(name, messages):
     for _ in range(2):
         choose(AttentionSettings(attn_implementation=name), AttentionRequest(device="mps"))
-        choose.cache_clear()
+        chosen_once.cache_clear()
     (warning,) = [record.getMessage() for record in messages if record.levelname == "WARNING"]
     assert warning.startswith("sdpa cannot be used here: it gave NaN on MPS")
     assert "--attn_implementation eager" in warning

@@ -11,6 +11,7 @@ import torch
 
 from CMHA import packages
 from CMHA.choosing import AttentionSettings, attention_report, choose
+from CMHA.choosing.choose import chosen_once
 from CMHA.cmha import MultiHeadAttention
 from CMHA.implementations import IMPLEMENTATIONS, flash_package
 from CMHA.packages import Found
@@ -117,7 +118,7 @@ def test_a_request_that_cannot_be_served_has_these_codes_this_choice_and_this_me
     before = (settings, request)
     for _ in range(3):  # said once, however often it is asked
         choice = choose(settings, request)
-        choose.cache_clear()
+        chosen_once.cache_clear()
     codes = {name: sorted(reason.code for reason in reasons) for name, reasons in choice.rejected}
     assert (codes, choice.chosen) == ({name: sorted(codes) for name, codes in row.codes.items()}, row.chosen)
     assert all(reason.message and reason.remedy for _, reasons in choice.rejected for reason in reasons)

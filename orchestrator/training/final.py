@@ -1,0 +1,45 @@
+"""What a run leaves for those who come after it: OUT/final, with the weights and the tokenizer, and how to open it."""
+
+import json
+from pathlib import Path
+
+from GPT2Model.files import replace_text
+from GPT2Model.gpt2 import GPTModel
+from orchestrator.text.tokenizers import Tokenizer, tokenizer_facts, tokenizer_from
+
+TOKENIZER_FILE = "tokenizer_facts.json"
+STATE_FILE = "state.json"  # of a checkpoint
+
+
+def save_final(model: GPTModel, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the weights as `from_pretrained` and transformers open them, and what makes the tokenizer again."""
+    model.save_pretrained(folder)
+    replace_text(folder / TOKENIZER_FILE, json.dumps(tokenizer_facts(tokenizer), ensure_ascii=False, indent=1) + "\n")
+
+
+def open_trained(folder: str | Path) -> tuple[GPTModel, Tokenizer]:
+    """The model that a run left, and its tokenizer.
+
+    Args:
+        folder: of a run that came to its end (OUT, or OUT/final), or one of its checkpoints.
+    Returns:
+        the model, on the CPU, in eval mode, and the tokenizer.
+    Raises:
+        FileNotFoundError: no trained model there. ValueError: a damaged file.
+    """
+    folder = Path(folder).expanduser()
+    for place in (folder, folder / "final"):
+        for name in (TOKENIZER_FILE, STATE_FILE):
+            if (place / name).is_file():
+                return GPTModel.from_pretrained(place), tokenizer_from(tokenizer_of(place / name))
+    raise FileNotFoundError(
+        f"{folder} has no {TOKENIZER_FILE}: pass the folder of a run that came to its end, or RUN/checkpoints/step-N."
+    )
+
+
+def tokenizer_of(file: Path) -> dict:
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        return facts["facts"]["tokenizer"] if file.name == STATE_FILE else facts
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}): copy it anew, or open another checkpoint.") from error
