@@ -4,10 +4,25 @@
 command, add its file and its line in `COMMANDS`.
 """
 
-from orchestrator.commands import attention_bench, check, doctor, mistakes, parity, train
+from orchestrator.commands import (
+    attention_bench,
+    check,
+    compare_attention,
+    doctor,
+    estimate,
+    experiment,
+    mistakes,
+    parity,
+    prepare,
+    train,
+)
 
 COMMANDS = {
     "train": train,
+    "prepare": prepare,
+    "estimate": estimate,
+    "experiment": experiment,
+    "compare-attention": compare_attention,
     "doctor": doctor,
     "parity": parity,
     "attention-bench": attention_bench,

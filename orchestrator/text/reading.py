@@ -18,7 +18,7 @@ PARQUET = (".parquet",)
 JSON_LINES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 TEXT = (".txt", ".text", ".md", ".rst", ".txt.gz", ".text.gz", ".md.gz", ".rst.gz")
 FILES = (*TEXT, *JSON_LINES, *PARQUET)
-EXTRA = 'pip install "gpt2-from-scratch[hub]"'
+EXTRA = "pip install -r requirements-hub.txt"
 BLOCK = 1 << 22  # bytes of a text file that are decoded at a time
 ROWS = 100  # of a parquet file
 # " = Title = " but not " = = Section = = ": how WikiText marks where an article begins.

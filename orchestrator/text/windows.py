@@ -96,10 +96,12 @@ class TokenWindows:
             self._train = TokenStream([open_shard(path, made_with) for path in data.train])
             self._held_out = TokenStream([open_shard(path, made_with) for path in data.validation])
             self.documents = data.documents
+            self.content = [shard["sha256"] for split in ("train", "validation") for shard in data.manifest[split]]
         else:
             train, held_out, self.tokenizer = data
             self._train, self._held_out = (TokenStream([_ids(part)]) for part in (train, held_out))
             self.name = name or "the text"
+            self.content = [len(self._train), len(self._held_out)]
             self.documents = sum(int((_ids(part) == self.tokenizer.end_of_text).sum()) for part in (train, held_out))
         self.context_length, self.seed, self.pack_documents = context_length, seed, pack_documents
         self._check_length()

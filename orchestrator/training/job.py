@@ -77,19 +77,19 @@ def run(options: Options) -> int:
     """
     job = assemble(options)
     say_what_happens(job)
-    save_options(job.options, job.out / SETTINGS_FILE)
-    (job.out / "figures").mkdir(exist_ok=True)
     state = start(job.model, job.settings)
     if job.resumed is not None:
         checkpoint.restore(job.resumed, state)
         print(f"resumed from {job.resumed}, after step {state.counters.step}", flush=True)
+    watch = watchers(job, state)
+    save_options(job.options, job.out / SETTINGS_FILE)
     kept = checkpoint.Checkpoints(
         job.out / "checkpoints", every=job.options.save_steps, keep_last=job.options.keep_last, facts=facts_of(job)
     )
     try:
         with stop_signal() as asked, kept:
             history = train(
-                job.model, job.samples, job.settings, state=state, watch=watchers(job, state), checkpoints=kept,
+                job.model, job.samples, job.settings, state=state, watch=watch, checkpoints=kept,
                 write=lambda model: write(model, job), sample_steps=job.options.sample_steps, stop=asked,
             )  # fmt: skip
     except FloatingPointError as error:
@@ -201,6 +201,7 @@ def facts_of(job: Job) -> dict:
         "cfg": job.model.cfg,
         "tokenizer": tokenizer_facts(job.samples.tokenizer),
         "tokenizer_fingerprint": fingerprint(job.samples.tokenizer),
+        "data": getattr(job.samples, "content", job.samples.name),  # what is read, under whatever path it lies
         "options": asdict(job.options),
         "settings": asdict(job.settings),
         "attention": job.model.attention_report()["chosen"],
@@ -272,21 +273,16 @@ def write(model: GPTModel, job: Job, new_tokens: int = 60) -> str:
 
 
 def finish(job: Job, state: TrainState, history: History) -> int:
-    """The figures, and the model if the run came to its end."""
-    figures = save_run_figures(
-        job.out / "metrics.jsonl", job.out / "figures", title=f"{job.options.model} on {job.samples.name}",
-        floor=floor_of(job), clip=job.settings.clip,
-    )  # fmt: skip
-    counters = state.counters
-    if history.stopped:
-        print(
-            f"stopped by {history.stopped} after step {counters.step}, saved. Go on: python train.py --resume {job.out}"
-        )
+    """The model if the run came to its end, first of all; then the figures, and a few lines."""
+    counters, final = state.counters, job.out / "final"
+    if history.stopped is None:
+        save_final(job.model, job.samples.tokenizer, final)
+        facts = {"counters": asdict(counters), "machine": machine_facts(job.device), "attention": attention_report()}
+        replace_text(job.out / "report.json", json.dumps(plain(facts), indent=2) + "\n")
+    draw(job)
+    if history.stopped is not None:
+        print(f"stopped by {history.stopped} after step {counters.step}, saved. To go on: --resume {job.out}")
         return EXIT_OF[history.stopped]
-    final = job.out / "final"
-    save_final(job.model, job.samples.tokenizer, final)
-    facts = {"counters": asdict(counters), "machine": machine_facts(job.device), "attention": attention_report()}
-    replace_text(job.out / "report.json", json.dumps(plain(facts), indent=2) + "\n")
     if state.validation_loss is not None:
         floor = floor_of(job)
         known = f"; the exact floor is {floor:.4f}" if floor is not None else ""
@@ -294,9 +290,20 @@ def finish(job: Job, state: TrainState, history: History) -> int:
         print(f"validation loss {state.validation_loss:.4f} nats per token{known}; {best}")
     since = f", {history.seconds:.0f} s of it since it was resumed" if job.resumed else f" in {history.seconds:.0f} s"
     print(f"{counters.tokens:,} tokens{since}; steps skipped: {counters.skipped}")
-    print(f"figures: {', '.join(str(path) for path in figures)}")
     print(f"model: {final}; to open it: open_trained({str(job.out)!r}) of orchestrator/training/final.py")
     return 0
+
+
+def draw(job: Job) -> None:
+    """The figures of the run. That they cannot be written costs nothing but themselves."""
+    try:
+        figures = save_run_figures(
+            job.out / "metrics.jsonl", job.out / "figures", title=f"{job.options.model} on {job.samples.name}",
+            floor=floor_of(job), clip=job.settings.clip,
+        )  # fmt: skip
+        print(f"figures: {', '.join(str(path) for path in figures)}")
+    except OSError as error:
+        logger.warning("the figures could not be written: %s", error)
 
 
 def floor_of(job: Job) -> float | None:

@@ -3,6 +3,7 @@
 The files and dashboards that listen are in `metrics.py`, the profiler in `profiling.py`.
 """
 
+import os
 import sys
 import time
 from collections import deque
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tqdm.auto import tqdm
+
+from orchestrator.training import mfu
 
 LAST_STEPS = 20  # the speed that is shown is that of so many steps
 
@@ -118,12 +121,10 @@ class Rate(NamedTuple):
 
     cfg: Mapping
     max_length: int
-    peak: object
+    peak: mfu.Peak
 
     def mfu(self, tokens_per_second: float) -> float:
         """The part of the peak that is put to use, 0 to 1."""
-        from orchestrator.training import mfu
-
         return mfu.mfu(self.cfg, self.max_length, tokens_per_second, self.peak)
 
 
@@ -215,12 +216,10 @@ class ProgressBar(Watch):
     def start(self, step, max_steps):
         self.at, self.max_steps = step, max_steps
         if self.rate is not None:
-            from orchestrator.training import mfu
-
-            self.say(mfu.explain())
+            self.say(mfu.explain(*self.rate))
         if self.live:
             self.bar = Bar(
-                total=max_steps, initial=step, file=self.stream, dynamic_ncols=True,
+                total=max_steps, initial=step, file=self.stream, **screen(self.stream),
                 bar_format="{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
             )  # fmt: skip
             self.bar.pace = self.pace
@@ -279,6 +278,17 @@ class ProgressBar(Watch):
         seconds = self.pace.step_seconds
         left = "" if seconds is None else f", {tqdm.format_interval((self.max_steps - self.at) * seconds)} left"
         print(f"step {self.at}/{self.max_steps}: {self.facts()}{left}", file=self.stream, flush=True)
+
+
+def screen(stream) -> dict:
+    """How large tqdm should take the screen to be: what it finds, but 80 columns where a terminal says 0.
+
+    Those of some containers do. On a screen of 0 rows tqdm draws nothing.
+    """
+    with suppress(OSError, ValueError, AttributeError):  # no terminal at all
+        if 0 in os.get_terminal_size(stream.fileno()):
+            return {"ncols": 80, "nrows": 24}
+    return {"dynamic_ncols": True}
 
 
 def short(number: float) -> str:
