@@ -1,12 +1,15 @@
 """Parameters, FLOPs and memory of a GPT-2 by closed formula, to hold what was measured against.
 
-Letters: V vocab_size, C emb_dim, L n_layers, T tokens, F ff_dim, K width of the keys (C unless heads are grouped).
+Letters: V vocab_size, C emb_dim, L n_layers, H heads, B sequences of T tokens, BT their product, F ff_dim, K width of
+the keys (C unless heads are grouped), s bytes of a number that matrix products read. What a training step holds at its
+worst moment is in `training_memory.py`; how much of a machine's speed it uses, in `orchestrator/training/mfu.py`.
 """
 
 from collections.abc import Mapping
 
 import torch
 
+from CMHA.implementations.flash_tiled import BLOCK_SIZE
 from GPT2Model.config import complete
 
 
@@ -17,11 +20,17 @@ def count_parameters(cfg: Mapping) -> int:
     last norm 2C; an untied head V*C.
     """
     cfg = complete(cfg)
-    C, F, K = _widths(cfg)
+    C, F, K = widths(cfg)
     qkv = C * (C + 2 * K) + (C + 2 * K) * cfg["qkv_bias"]
     block = 4 * C + qkv + (C * C + C) + (2 * C * F + F + C)
     head = 0 if cfg["tie_weights"] else cfg["vocab_size"] * C
     return (cfg["vocab_size"] + cfg["context_length"]) * C + cfg["n_layers"] * block + 2 * C + head
+
+
+def embedding_parameters(cfg: Mapping) -> dict[str, int]:
+    """Numbers in "token" (V*C) and "position" (context_length * C) embeddings: looked up, not multiplied with."""
+    cfg = complete(cfg)
+    return {"token": cfg["vocab_size"] * cfg["emb_dim"], "position": cfg["context_length"] * cfg["emb_dim"]}
 
 
 def forward_flops(cfg: Mapping, batch: int, tokens: int) -> int:
@@ -31,9 +40,24 @@ def forward_flops(cfg: Mapping, batch: int, tokens: int) -> int:
     table, as eager computes it; a causal kernel may do half of it. A backward pass costs twice the forward.
     """
     cfg = complete(cfg)
-    C, F, K = _widths(cfg)
-    per_token = cfg["n_layers"] * (C * (C + 2 * K) + C * C + 2 * C * F + 2 * tokens * C) + cfg["vocab_size"] * C
-    return 2 * per_token * batch * tokens
+    per_token = cfg["n_layers"] * (block_matrices(cfg) + 2 * tokens * cfg["emb_dim"])
+    return 2 * (per_token + cfg["vocab_size"] * cfg["emb_dim"]) * batch * tokens
+
+
+def attention_flops(cfg: Mapping, batch: int, tokens: int) -> int:
+    """The part of `forward_flops` that Q K^T and weights x values take: 2 * 2 * L * T * C for each token."""
+    cfg = complete(cfg)
+    return 2 * 2 * cfg["n_layers"] * tokens * cfg["emb_dim"] * batch * tokens
+
+
+def training_flops(cfg: Mapping, batch: int, tokens: int, *, causal: bool = False) -> dict[str, int]:
+    """FLOPs of "forward", "backward" (twice that: by the weights, and by what they were multiplied with), "training".
+
+    Args:
+        causal: count half of attention's table, what a kernel that leaves hidden pairs out computes at least.
+    """
+    forward = forward_flops(cfg, batch, tokens) - causal * attention_flops(cfg, batch, tokens) // 2
+    return {"forward": forward, "backward": 2 * forward, "training": 3 * forward}
 
 
 def memory_bytes(cfg: Mapping, batch: int, tokens: int, dtype: torch.dtype = torch.float32) -> dict[str, int]:
@@ -44,7 +68,7 @@ def memory_bytes(cfg: Mapping, batch: int, tokens: int, dtype: torch.dtype = tor
         "eager_table" (one layer's T x T weights, which a fused implementation never makes); "kv_cache".
     """
     cfg = complete(cfg)
-    _, _, K = _widths(cfg)
+    _, _, K = widths(cfg)
     size, weights = dtype.itemsize, count_parameters(cfg) * dtype.itemsize
     return {
         "weights": weights,
@@ -56,6 +80,46 @@ def memory_bytes(cfg: Mapping, batch: int, tokens: int, dtype: torch.dtype = tor
     }
 
 
-def _widths(cfg: Mapping) -> tuple[int, int, int]:
+def forward_peak(cfg: Mapping, batch: int, tokens: int, *, short: bool = False, attention: str = "sdpa") -> dict:
+    """The worst moment of a forward pass without gradients: nothing is kept for a backward pass.
+
+    Args:
+        short: under autocast to bf16 or fp16: s = 2 instead of 4, and a copy of every matrix.
+        attention: "eager" makes three tables (B, H, T, T), "flash_tiled" a few tiles; any other is a fused kernel.
+    Returns:
+        "moment" ("attention", "feed-forward" or "logits"), "bytes" of all that is alive then, "weights" among them,
+        and "moments", the bytes of each.
+    """
+    cfg = complete(cfg)
+    (C, F, K), BT, s = widths(cfg), batch * tokens, 2 if short else 4
+    weights = 4 * count_parameters(cfg)
+    copies = s * cfg["n_layers"] * block_matrices(cfg) * short  # made by autocast, and kept until its `with` ends
+    cast = s * BT * C * short  # of a norm's result, which is fp32
+    x, normed, qkv = 4 * BT * C, 4 * BT * C, s * BT * (C + 2 * K)
+    if attention == "eager":  # scores, softmax, weights; the mask; grouped keys and values once for each head
+        attending = qkv + 3 * s * cfg["n_heads"] * BT * tokens + 2 * tokens**2 + 2 * s * BT * C * (K < C)
+    else:  # the result, a number for each row, and what flash_tiled holds of tiles: always fp32
+        tile = min(tokens, BLOCK_SIZE) * (attention == "flash_tiled")
+        tiles = 4 * batch * cfg["n_heads"] * tile**2 * (4 if tile < tokens else 3)
+        rows = 4 * batch * tile * C * (4 if short else 1)  # what is summed up; of short numbers, a tile's rows in fp32
+        attending = qkv + s * BT * C + 4 * BT * cfg["n_heads"] + tiles + rows
+    moments = {
+        "attention": x + normed + attending,
+        "feed-forward": x + x + normed + 2 * s * BT * F,  # the block's input, and what attention made of it
+        "logits": x + normed + cast + s * BT * cfg["vocab_size"] + s * cfg["vocab_size"] * C * short,
+    }
+    moments = {name: weights + copies + size for name, size in moments.items()}
+    worst = max(moments, key=moments.__getitem__)
+    return {"moment": worst, "bytes": moments[worst], "weights": weights, "moments": moments}
+
+
+def block_matrices(cfg: Mapping) -> int:
+    """Numbers in the matrices of one block of a complete cfg, with which each token is multiplied once."""
+    C, F, K = widths(cfg)
+    return C * (C + 2 * K) + C * C + 2 * C * F
+
+
+def widths(cfg: Mapping) -> tuple[int, int, int]:
+    """(C, F, K) of a complete cfg: of the stream, inside the feed-forward, of all keys together."""
     kv_heads = cfg["n_kv_heads"] or cfg["n_heads"]
     return cfg["emb_dim"], cfg["ff_dim"] or 4 * cfg["emb_dim"], cfg["emb_dim"] // cfg["n_heads"] * kv_heads

@@ -26,7 +26,7 @@ class CorpusSamples:
         """Samples first .. first + count - 1: the corpus's batch number first / count."""
         return Batch(*self.corpus.batch(first // count, count), None)
 
-    def validation(self, tokens: int) -> list[Batch]:
+    def validation(self, tokens: int, batch_size: int = 0) -> list[Batch]:
         """All that the corpus holds out, however much that is."""
         return [Batch(*pair, None) for pair in self.corpus.validation]
 

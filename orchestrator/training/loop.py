@@ -66,7 +66,7 @@ def train(
         state: go on from here (see `start`); None: from the beginning.
         watch: who is told of every step.
         checkpoints: `due(step)` and `save(state)`, see `checkpoint.py`; None: nothing is kept.
-        write: model -> a text, shown every `sample_steps` steps.
+        write: model -> a text, shown at the end, and every `sample_steps` steps.
         stop: asked before every step; a reason ends the run there, with everything saved.
     Returns:
         the losses on the way.
@@ -78,12 +78,12 @@ def train(
     samples, watch = as_samples(samples), watch or (ProgressBar() if progress else Watch())
     device, counters = next(model.parameters()).device, state.counters
     precision = Precision(resolve_dtype(settings.dtype, str(device)), str(device), state.scaler)
-    held_out = samples.validation(settings.eval_tokens)
+    held_out = samples.validation(settings.eval_tokens, settings.batch_size)
     history, started = History(), time.perf_counter()
 
     def look() -> None:
         began = time.perf_counter()
-        loss = evaluate(model, held_out, precision)
+        loss = evaluate(model, held_out, precision, settings.loss_chunk_tokens)
         state.take_note(loss)
         history.validation.append((counters.step, loss))
         watch.evaluation(counters.step, loss, count_targets(held_out), time.perf_counter() - began)
@@ -125,7 +125,7 @@ def train(
             last = counters.step == settings.max_steps
             if last or counters.step % settings.eval_steps == 0:
                 look()
-            if write is not None and sample_steps and (last or counters.step % sample_steps == 0):
+            if write is not None and (last or (sample_steps and counters.step % sample_steps == 0)):
                 watch.sample(counters.step, write(model))
             if checkpoints is not None and (last or checkpoints.due(counters.step)):
                 save()
@@ -187,14 +187,14 @@ def accumulate_gradients(
     return loss
 
 
-def batch_loss(model: nn.Module, batch: Batch, chunk_tokens: int = 0) -> Tensor:
-    """The mean loss of one batch, whole or in chunks; packed documents do not see each other."""
+def batch_loss(model: nn.Module, batch: Batch, chunk_tokens: int = 0, reduction: str = "mean") -> Tensor:
+    """The loss of one batch, whole or in chunks; packed documents do not see each other."""
     documents = {} if batch.documents is None else {"documents": batch.documents}
     if not chunk_tokens:
-        return next_token_loss(model(batch.inputs, **documents), batch.targets)
+        return next_token_loss(model(batch.inputs, **documents), batch.targets, reduction=reduction)
     with without_head(model) as head:
         hidden = model(batch.inputs, **documents)
-    return chunked_next_token_loss(hidden, head, batch.targets, chunk_tokens)
+    return chunked_next_token_loss(hidden, head, batch.targets, chunk_tokens, reduction)
 
 
 def update(
@@ -228,7 +228,7 @@ def advice(skipped: str, state: TrainState) -> str:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: list, precision: Precision | None = None) -> float:
+def evaluate(model: nn.Module, batches: list, precision: Precision | None = None, chunk_tokens: int = 0) -> float:
     """The mean loss per predicted token, in nats, over all tokens of all batches; in eval mode, and back."""
     device, was_training = next(model.parameters()).device, model.training
     precision = precision or Precision("fp32", str(device))
@@ -236,10 +236,8 @@ def evaluate(model: nn.Module, batches: list, precision: Precision | None = None
     total = 0.0
     try:
         for batch in batches:
-            inputs, targets, documents = to_device(Batch(*batch), device)
-            known = {} if documents is None else {"documents": documents}
             with precision.autocast():
-                total += next_token_loss(model(inputs, **known), targets, reduction="sum").item()
+                total += batch_loss(model, to_device(Batch(*batch), device), chunk_tokens, reduction="sum").item()
     finally:
         model.train(was_training)
     return total / count_targets(batches)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -39,6 +40,8 @@ def chunked_next_token_loss(
     """
 
     def loss_of(rows: Tensor, following: Tensor) -> Tensor:
+        # Under autocast one bf16 copy of the head would serve all chunks, and their gradients add up in bf16.
+        torch.clear_autocast_cache()
         return F.cross_entropy(head(rows), following, ignore_index=IGNORED, reduction="sum")
 
     chunks = zip(hidden.flatten(0, 1).split(chunk_tokens), targets.flatten().split(chunk_tokens), strict=True)

@@ -8,7 +8,17 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from GPT2Model.config import PRESETS, from_preset
 from GPT2Model.generation import make_cache
 from GPT2Model.gpt2 import GPTModel
-from orchestrator.evaluation.estimates import count_parameters, forward_flops, memory_bytes
+from orchestrator.evaluation.estimates import (
+    attention_flops,
+    count_parameters,
+    embedding_parameters,
+    forward_flops,
+    forward_peak,
+    memory_bytes,
+    training_flops,
+)
+from orchestrator.evaluation.memory import peak_tensor_bytes
+from orchestrator.training.loss import next_token_loss
 
 ODD = {"vocab_size": 131, "context_length": 37, "emb_dim": 60, "n_heads": 6, "n_layers": 3}
 VARIANTS = [
@@ -52,6 +62,63 @@ def test_the_flops_of_the_formula_are_those_torch_counts_under_eager(variant):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.randint(131, (2, 29)))
     assert forward_flops(model.cfg, 2, 29) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_training_step_takes_the_flops_of_the_formula_under_eager(variant):
+    model = GPTModel({**ODD, **variant, "drop_rate": 0.1, "use_flash": False}).train()
+    ids = torch.randint(131, (2, 30))
+    with FlopCounterMode(display=False) as forward:
+        loss = next_token_loss(model(ids[:, :-1]), ids[:, 1:])
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    by_formula = training_flops(model.cfg, 2, 29)
+    assert by_formula["forward"] == forward.get_total_flops()
+    assert by_formula["backward"] == backward.get_total_flops()
+    assert by_formula["training"] == by_formula["forward"] + by_formula["backward"]
+    # The two products of attention are the batched ones; a causal count takes half of them.
+    batched = sum(
+        flops for counter in (forward, backward) for flops in [counter.get_flop_counts()["Global"][torch.ops.aten.bmm]]
+    )
+    assert batched == 3 * attention_flops(model.cfg, 2, 29)
+    causal = training_flops(model.cfg, 2, 29, causal=True)["training"]
+    assert causal == by_formula["training"] - batched // 2
+
+
+def test_embeddings_are_counted_apart():
+    model = GPTModel(ODD)
+    counted = {"token": model.token_embedding.weight.numel(), "position": model.position_embedding.weight.numel()}
+    assert embedding_parameters(ODD) == counted
+
+
+FORWARD_CASES = [
+    ({"vocab_size": 300, "context_length": 128, "emb_dim": 96, "n_heads": 6, "n_layers": 4}, 8, "feed-forward"),
+    ({"vocab_size": 300, "context_length": 256, "emb_dim": 64, "n_heads": 4, "n_layers": 2}, 4, "feed-forward"),
+    ({"vocab_size": 50257, "context_length": 64, "emb_dim": 64, "n_heads": 4, "n_layers": 2}, 2, "logits"),
+    ({"vocab_size": 300, "context_length": 128, "emb_dim": 96, "n_heads": 6, "n_layers": 2, "n_kv_heads": 2}, 8,
+     "feed-forward"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flash_tiled"])
+@pytest.mark.parametrize(("cfg", "batch", "worst_under_sdpa"), FORWARD_CASES)
+def test_a_forward_pass_holds_the_bytes_of_the_formula(cfg, batch, worst_under_sdpa, attention, short):
+    model = GPTModel({**cfg, "attn_implementation": attention}).eval()
+    ids = torch.randint(cfg["vocab_size"], (batch, cfg["context_length"]))
+
+    def forward():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=short):
+            return model(ids)
+
+    forward()
+    weights = sum(p.nbytes for p in model.parameters())
+    peak = peak_tensor_bytes(forward).peak
+    by_formula = forward_peak(cfg, batch, cfg["context_length"], short=short, attention=attention)
+    assert by_formula["weights"] == weights
+    assert by_formula["bytes"] - weights == pytest.approx(peak, rel=0.1)
+    if attention == "sdpa":
+        assert by_formula["moment"] == worst_under_sdpa
 
 
 @pytest.mark.parametrize("variant", [{}, {"n_kv_heads": 2}])
