@@ -96,16 +96,16 @@ class SharedSamples:
 
     per_epoch = None
 
-    def __init__(self, samples: Samples, validation_tokens: int):
+    def __init__(self, samples: Samples, settings: TrainSettings):
         self.samples, self.kept = samples, {}
-        self.held_out = samples.validation(validation_tokens)
+        self.held_out = samples.validation(settings.eval_tokens, settings.batch_size)
 
     def batch(self, first: int, count: int) -> Batch:
         if (first, count) not in self.kept:
             self.kept = {(first, count): self.samples.batch(first, count)}
         return self.kept[first, count]
 
-    def validation(self, tokens: int) -> list[Batch]:
+    def validation(self, tokens: int, batch_size: int) -> list[Batch]:
         return self.held_out
 
 
@@ -185,7 +185,7 @@ def run_comparison(comparison: Comparison, tick: Callable[[str, int], None] = la
     Args:
         tick: told after each step who made it, and how many of steps x `names_of_curves(comparison)` that was.
     """
-    shared = SharedSamples(comparison.samples, comparison.settings.eval_tokens)
+    shared = SharedSamples(comparison.samples, comparison.settings)
     curves = {name: Curve(name) for name in names_of_curves(comparison)}
     contenders = {
         name: Contender(comparison, curve, Reversed(shared) if name == YARDSTICKS["fp32"] else shared)

@@ -4,7 +4,8 @@ Weight decay pulls weights towards zero. For matrices and embeddings that is a m
 LayerNorm weight has no reason to be near zero.
 """
 
-from collections import ChainMap
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -71,8 +72,10 @@ class MuonAndAdamW:
         return [group for part in self.parts for group in part.param_groups]
 
     @property
-    def state(self) -> ChainMap:
-        return ChainMap(*(part.state for part in self.parts))
+    def state(self) -> Mapping:
+        # Not a ChainMap: torch's states are defaultdicts, and the first would answer for every parameter. Read only:
+        # a new entry belongs into its own part.
+        return MappingProxyType({p: memory for part in self.parts for p, memory in part.state.items()})
 
     def step(self) -> None:
         for part in self.parts:

@@ -140,7 +140,18 @@ class Options:
         batch_size = max(1, TOKENS // tokens) if self.batch_size is None else self.batch_size
         names = {field.name for field in fields(TrainSettings)} & {field.name for field in fields(Options)}
         shared = {name: getattr(self, name) for name in names}
-        return TrainSettings(**shared | {"learning_rate": rate, "warmup_steps": warmup, "batch_size": batch_size})
+        low = {"sample_steps": 0, "save_steps": 1, "keep_last": 1}
+        given = {name: getattr(self, name) for name in low}
+        found = [f"{name} must be {low[name]} or more, got {given[name]}." for name in low if given[name] < low[name]]
+        try:
+            settings = TrainSettings(
+                **shared | {"learning_rate": rate, "warmup_steps": warmup, "batch_size": batch_size}
+            )
+        except ValueError as error:
+            raise ValueError(" ".join([str(error), *found])) from None
+        if found:
+            raise ValueError(" ".join(found))
+        return settings
 
 
 def parse(argv: Sequence[str] | None = None) -> Options:

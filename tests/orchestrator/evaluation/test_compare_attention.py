@@ -1,12 +1,12 @@
 """compare_attention: right implementations coincide, a wrong one is seen, and the verdict can be recomputed by hand."""
 
 from dataclasses import replace
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from CMHA.choosing import choose
 from CMHA.implementations import IMPLEMENTATIONS, eager, sdpa
 from GPT2Model.gpt2 import GPTModel
 from orchestrator.evaluation import compare_attention
@@ -31,6 +31,7 @@ CFG = {"vocab_size": 23, "context_length": 12, "emb_dim": 24, "n_heads": 3, "n_l
        "init_std": 0.2}  # fmt: skip
 SETTINGS = TrainSettings(max_steps=12, batch_size=4, learning_rate=1e-2, warmup_steps=2, eval_steps=12)
 THREE = ("eager", "sdpa", "flash_tiled")
+NUMBERS = count()
 
 
 class Counting:
@@ -42,7 +43,7 @@ class Counting:
         rows = ((torch.arange(first, first + count) * 7)[:, None] + torch.arange(13)) % 23
         return Batch(rows[:, :-1], rows[:, 1:])
 
-    def validation(self, tokens):
+    def validation(self, tokens, batch_size=8):
         return [self.batch(10_000, 4)]
 
 
@@ -50,11 +51,12 @@ def comparison(dtype: str, *names: str) -> Comparison:
     return Comparison(CFG, Counting(), SETTINGS, names or THREE, dtype)
 
 
-def plant(monkeypatch, name, attention):
-    """Put an implementation into the registry, and let earlier choices by that name be forgotten."""
+def plant(monkeypatch, attention) -> str:
+    """Put an implementation into the registry, under a name that no other test used: choices are remembered by name."""
+    name = f"planted_{next(NUMBERS)}_to_compare"
     module = SimpleNamespace(SUMMARY="planted", ALIASES=(), check=lambda request: [], attention=attention)
     monkeypatch.setitem(IMPLEMENTATIONS, name, module)
-    choose.cache_clear()
+    return name
 
 
 def wrong_scale(queries, keys, values, mask, *, scale, dropout=0.0):
@@ -99,13 +101,13 @@ def test_right_implementations_coincide_in_every_dtype(dtype):
 @pytest.mark.parametrize("dtype", ["fp64", "fp32"])
 @pytest.mark.parametrize("attention", [wrong_scale, wrong_gradient])
 def test_a_wrong_implementation_fails_and_the_others_pass(monkeypatch, dtype, attention):
-    plant(monkeypatch, "wrong", attention)
-    found = by_name(judge(run_comparison(comparison(dtype, "eager", "sdpa", "wrong")), dtype))
-    assert found["wrong"]["passed"] is False
-    assert found["wrong"]["of_bound"] > 10
+    wrong = plant(monkeypatch, attention)
+    found = by_name(judge(run_comparison(comparison(dtype, "eager", "sdpa", wrong)), dtype))
+    assert found[wrong]["passed"] is False
+    assert found[wrong]["of_bound"] > 10
     assert found["sdpa"]["passed"] is True
     if attention is wrong_gradient:  # the first loss is computed before any gradient
-        assert found["wrong"]["differences"][0] == 0.0
+        assert found[wrong]["differences"][0] == 0.0
 
 
 def test_an_implementation_that_breaks_is_reported_and_the_others_go_on(monkeypatch):
@@ -121,14 +123,13 @@ def test_an_implementation_that_breaks_is_reported_and_the_others_go_on(monkeypa
         context, weights = eager.attention(queries, *args, **options)
         return context * float("nan"), weights
 
-    plant(monkeypatch, "breaks", breaks)
-    plant(monkeypatch, "nan", not_a_number)
-    found = by_name(judge(run_comparison(comparison("fp64", "eager", "breaks", "nan", "sdpa")), "fp64"))
-    assert found["breaks"]["failed"] == "RuntimeError: the kernel"
-    assert found["breaks"]["passed"] is False
-    assert 0 < len(found["breaks"]["differences"]) < 12
-    assert found["nan"]["passed"] is False
-    assert "the loss is nan" in found["nan"]["failed"]
+    broken, nan = plant(monkeypatch, breaks), plant(monkeypatch, not_a_number)
+    found = by_name(judge(run_comparison(comparison("fp64", "eager", broken, nan, "sdpa")), "fp64"))
+    assert found[broken]["failed"] == "RuntimeError: the kernel"
+    assert found[broken]["passed"] is False
+    assert 0 < len(found[broken]["differences"]) < 12
+    assert found[nan]["passed"] is False
+    assert "the loss is nan" in found[nan]["failed"]
     assert found["sdpa"]["passed"] is True
     assert len(found["sdpa"]["differences"]) == 12
 

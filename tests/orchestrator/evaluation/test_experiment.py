@@ -2,33 +2,42 @@
 is asserted."""
 
 from dataclasses import replace
+from itertools import count
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from CMHA.choosing import choose
 from CMHA.implementations import IMPLEMENTATIONS, eager, sdpa
 from CMHA.request import Reason
 from orchestrator.evaluation import experiment as module
 from orchestrator.evaluation.experiment import Experiment, Row, costs, rates, run_experiment
-from orchestrator.evaluation.workloads import Workload
+from orchestrator.evaluation.workloads import Training, Workload
+from orchestrator.training import mfu
 from orchestrator.training.mfu import Peak
 
 SMALL = Workload("nano", 2, 24, prompt=8, new_tokens=3, vocab_size=31, changes={"n_layers": 1, "emb_dim": 32})
 OTHER = replace(SMALL, tokens=16, changes={"n_layers": 2, "emb_dim": 16})
 NAMES = ("eager", "sdpa", "flash_tiled")
+NUMBERS = count()
 
 
-def plant(monkeypatch, name, attention, check=lambda request: []):
-    """Put an implementation into the registry, and let earlier choices by that name be forgotten."""
-    planted = SimpleNamespace(SUMMARY="planted", ALIASES=(), check=check, attention=attention)
-    monkeypatch.setitem(IMPLEMENTATIONS, name, planted)
-    choose.cache_clear()
+def plant(monkeypatch, attention, check=lambda request: []) -> str:
+    """Put an implementation into the registry, under a name that no other test used: choices are remembered by name."""
+    name = f"planted_{next(NUMBERS)}_to_measure"
+    module = SimpleNamespace(SUMMARY="planted", ALIASES=(), check=check, attention=attention)
+    monkeypatch.setitem(IMPLEMENTATIONS, name, module)
+    return name
 
 
 def by_task(rows: list[Row]) -> dict[tuple, Row]:
     return {(row.workload, row.task, row.implementation): row for row in rows}
+
+
+@pytest.fixture(autouse=True)
+def short_look_at_the_peak(monkeypatch):
+    monkeypatch.setattr(mfu, "SECONDS", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -126,16 +135,46 @@ def test_one_that_fails_in_the_middle_is_reported_and_the_others_go_on(monkeypat
             raise RuntimeError("the kernel\nbroke")
         return sdpa.attention(*args, **options)
 
-    plant(monkeypatch, "breaks", breaks)
-    rows, rounds, _ = run_experiment(Experiment([SMALL], ["eager", "breaks", "sdpa"], rounds=3))
+    planted = plant(monkeypatch, breaks)
+    rows, rounds, _ = run_experiment(Experiment([SMALL], ["eager", planted, "sdpa"], rounds=3))
     found = by_task(rows)
-    broken = found[str(SMALL), "training", "breaks"]
+    broken = found[str(SMALL), "training", planted]
     assert broken.failed
     assert broken.not_measured == "RuntimeError: the kernel"
     assert broken.rates is None
     assert found[str(SMALL), "training", "sdpa"].seconds["step"]["median"] > 0
     in_training = [found["seconds"] for found in rounds if found["task"] == "training"]
-    assert [seconds.get("breaks") is None for seconds in in_training] == [False, True, True]
+    assert [seconds.get(planted) is None for seconds in in_training] == [False, True, True]
+
+
+class BreaksOnTheWayBack(torch.autograd.Function):
+    """The identity, whose backward pass raises."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("no backward kernel")
+
+
+def test_what_half_a_step_left_is_no_part_of_the_next_ones_step(monkeypatch):
+    before = []
+
+    class Watched(Training):
+        def turn(self):
+            before.append(all(weight.grad is None for weight in self.model.parameters()))
+            return super().turn()
+
+    def breaks(queries, *args, **options):
+        return sdpa.attention(BreaksOnTheWayBack.apply(queries), *args, **options)
+
+    monkeypatch.setattr(module, "Training", Watched)
+    planted = plant(monkeypatch, breaks)
+    rows, _, _ = run_experiment(Experiment([SMALL], [planted, "eager"], rounds=1))
+    assert by_task(rows)[str(SMALL), "training", planted].not_measured == "RuntimeError: no backward kernel"
+    assert before == [True] * 4  # the one that breaks; eager's first turn, its round, its memory
 
 
 def test_a_loss_that_is_no_number_is_a_failure(monkeypatch):
@@ -143,20 +182,20 @@ def test_a_loss_that_is_no_number_is_a_failure(monkeypatch):
         context, weights = eager.attention(queries, *args, **options)
         return context * float("nan"), weights
 
-    plant(monkeypatch, "nan", not_a_number)
-    rows, _, _ = run_experiment(Experiment([SMALL], ["nan", "eager"], rounds=1))
+    planted = plant(monkeypatch, not_a_number)
+    rows, _, _ = run_experiment(Experiment([SMALL], [planted, "eager"], rounds=1))
     found = by_task(rows)
-    assert found[str(SMALL), "training", "nan"].not_measured == "FloatingPointError: the loss is nan"
+    assert found[str(SMALL), "training", planted].not_measured == "FloatingPointError: the loss is nan"
     assert found[str(SMALL), "training", "eager"].not_measured is None  # the model of both is still whole
 
 
 def test_one_without_a_backward_pass_is_measured_at_generation_only(monkeypatch):
     reason = Reason("needs_grad", "it has no backward pass", "use sdpa")
-    plant(monkeypatch, "forward_only", sdpa.attention, lambda request: [reason] if request.needs_grad else [])
-    rows, _, _ = run_experiment(Experiment([SMALL], ["eager", "forward_only"], rounds=1))
+    planted = plant(monkeypatch, sdpa.attention, lambda request: [reason] if request.needs_grad else [])
+    rows, _, _ = run_experiment(Experiment([SMALL], ["eager", planted], rounds=1))
     found = by_task(rows)
-    assert found[str(SMALL), "training", "forward_only"].not_measured == "it has no backward pass"
-    assert found[str(SMALL), "generation", "forward_only"].seconds["text"]["median"] > 0
+    assert found[str(SMALL), "training", planted].not_measured == "it has no backward pass"
+    assert found[str(SMALL), "generation", planted].seconds["text"]["median"] > 0
 
 
 def test_each_runs_in_its_own_name_and_in_the_dtype(monkeypatch):
@@ -166,8 +205,8 @@ def test_each_runs_in_its_own_name_and_in_the_dtype(monkeypatch):
         seen.append((queries.requires_grad, queries.dtype))
         return sdpa.attention(queries, *args, **options)
 
-    plant(monkeypatch, "watched", watched)
-    run_experiment(Experiment([SMALL], ["eager", "watched"], dtype="bf16", rounds=2))
+    planted = plant(monkeypatch, watched)
+    run_experiment(Experiment([SMALL], ["eager", planted], dtype="bf16", rounds=2))
     trained = [dtype for gradient, dtype in seen if gradient]
     assert len(trained) == 4  # a first turn, two rounds, one for the memory; one layer
     assert len(seen) - len(trained) == 4 * 3  # three new tokens each

@@ -53,7 +53,7 @@ def test_a_step_is_a_step_of_the_training_loop():
     )  # fmt: skip
 
     class Samples(RandomTokens):
-        def validation(self, tokens):
+        def validation(self, tokens, batch_size=8):
             return [self.batch(999, 1)]
 
     train(model, Samples(SMALL, 5), settings, progress=False)
