@@ -59,10 +59,10 @@ class GPTModel(nn.Module):
         """
         past = cache.length if cache is not None else 0
         self.check_input(ids, padding_mask, past)
-        places = positions(ids, padding_mask, past, documents)
-        x = self.dropout(self.token_embedding(ids) + self.position_embedding(places))
         rules = {"padding_mask": padding_mask, "documents": documents, "batch_size": len(ids), "device": ids.device}
         mask = AttentionMask(ids.shape[1], past + ids.shape[1], **rules)
+        places = positions(ids, padding_mask, past, documents)
+        x = self.dropout(self.token_embedding(ids) + self.position_embedding(places))
         for i, block in enumerate(self.blocks):
             x = block(x, mask=mask, cache=cache.layers[i] if cache is not None else None)
         return self.head(self.final_norm(x))

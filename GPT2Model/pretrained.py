@@ -188,8 +188,12 @@ def save(model: GPTModel, folder: str | os.PathLike) -> None:
     Raises:
         OSError: the folder cannot be written, with the reason; what was there stays as it was.
     """
-    cfg, folder = model.cfg, Path(folder)
-    weights = {}
+    write_form(*hugging_face_form(model), folder)
+
+
+def hugging_face_form(model: GPTModel) -> tuple[dict[str, Tensor], dict]:
+    """A copy of the weights on the CPU under Hugging Face's names and in its layout, and the config beside them."""
+    cfg, weights = model.cfg, {}
     table = {ours: theirs for theirs, ours in HUGGING_FACE.items()}
     for name, tensor in model.state_dict().items():
         if name == "head.weight" and cfg["tie_weights"]:
@@ -212,6 +216,12 @@ def save(model: GPTModel, folder: str | os.PathLike) -> None:
         OUR_CFG: cfg,
     }
     del config["quantization_config"]
+    return weights, config
+
+
+def write_form(weights: dict[str, Tensor], config: dict, folder: str | os.PathLike) -> None:
+    """Write what `hugging_face_form` gave. Raises OSError as `save` does."""
+    folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         replace_files({

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--n_heads": (None, "N", "another number of heads"),
         "--emb_dim": (None, "N", "another width"),
         "--vocab_size": (None, "N", "another vocabulary"),
-        "--drop_rate": (None, "X", "another dropout"),
+        "--drop_rate": (None, "X", "dropout (default: 0, as train.py has it for fresh weights)"),
         "--device": ("auto", "NAME", "cpu, cuda, mps, auto: the best here; or a chip: A100, H100, H100 PCIe, T4, ..."),
         "--peak_tflops": (None, "X", "the device's peak in TFLOP/s, instead of the table's or a measured one"),
         "--tokens_per_second": (None, "X", "give the MFU of training at this speed"),
@@ -121,8 +121,7 @@ def read_arguments(args: argparse.Namespace) -> tuple[TrainingStep, str, mfu.Pea
 
     device, chip = read_device(args.device, tflops is not None)
     cfg = read_model(args.model, {name: value for name, value in changes.items() if value}, numbers["max_length"])
-    if changes["drop_rate"] is not None:
-        cfg["drop_rate"] = changes["drop_rate"]
+    cfg["drop_rate"] = changes["drop_rate"] or 0.0  # as train.py has it for fresh weights
     dtype = args.dtype if args.dtype != "auto" else dtype_of(device, chip)
     name, attention = read_attention(args.attn_implementation, device, cfg, dtype)
     step = TrainingStep(

@@ -87,15 +87,22 @@ def run(options: Options) -> int:
         job.out / "checkpoints", every=job.options.save_steps, keep_last=job.options.keep_last, facts=facts_of(job)
     )
     try:
-        with stop_signal() as asked, kept:
+        with stop_signal() as asked:
             history = train(
                 job.model, job.samples, job.settings, state=state, watch=watch, checkpoints=kept,
                 write=lambda model: write(model, job), sample_steps=job.options.sample_steps, stop=asked,
             )  # fmt: skip
     except FloatingPointError as error:
-        print(f"error: {error}\nsaved: {job.out / 'checkpoints'}", file=sys.stderr)
+        failure = kept.wait()
+        print(f"error: {error}\n{failure or 'saved: ' + str(kept.folder)}", file=sys.stderr)
         return FAILED
-    return finish(job, state, history)
+    finally:
+        failure = kept.wait()
+    code = finish(job, state, history)
+    if failure is not None:
+        print(f"error: {failure}", file=sys.stderr)
+        return FAILED
+    return code
 
 
 def assemble(options: Options) -> Job:
@@ -105,7 +112,7 @@ def assemble(options: Options) -> Job:
     device = check_device(options.device)
     sizes = cfg_of(options)
     options = replace(options, out=str(out), max_length=options.max_length or sizes["context_length"], device=device)
-    settings = options.train_settings(sizes["emb_dim"], options.max_length)
+    settings = options.train_settings(sizes["emb_dim"], options.max_length, device)
     settings = replace(settings, dtype=resolve_dtype(settings.dtype, device))
     samples = open_samples(
         options.dataset, options.tokenizer, options.max_length, options.seed, options.data_dir, options.pack_documents
@@ -114,6 +121,7 @@ def assemble(options: Options) -> Job:
         name: getattr(settings, name) for name in ("dtype", "batch_size", "learning_rate", "warmup_steps")
     })  # fmt: skip
     samples.batch(0, settings.batch_size)  # a batch larger than the data shows here
+    prompt_ids(options, samples)
     model = make_model(options, sizes, samples.tokenizer, device)
     make_folder(out)
     job = Job(options, settings, out, samples, model, device, resumed)
@@ -164,6 +172,8 @@ def cfg_of(options: Options) -> dict:
     changes = {"context_length": options.max_length, "drop_rate": options.drop_rate}
     changes |= {name: getattr(options, name) for name in ("n_layers", "n_heads", "emb_dim")}
     changes = {name: value for name, value in changes.items() if value is not None}
+    if changes.get("context_length", 1) < 1:
+        raise ValueError(f"--max_length must be 1 token or more, got {options.max_length}.")
     if not Path(options.model).is_dir():
         return from_preset(options.model, **{"drop_rate": 0.0} | changes, **attention)
     fixed = sorted(changes.keys() & {"n_layers", "n_heads", "emb_dim"})
@@ -259,12 +269,25 @@ def stop_signal() -> Iterator:
             signal.signal(number, handler)
 
 
+def prompt_ids(options: Options, samples: Samples) -> torch.Tensor:
+    """What the samples of a run continue, (1, t) ids.
+
+    Raises:
+        ValueError: an empty prompt, or one that the tokenizer cannot encode.
+    """
+    if options.prompt is None:
+        return samples.prompt()
+    ids = samples.tokenizer.encode(options.prompt)
+    if not ids:
+        raise ValueError("--prompt is empty: give it a word, or leave it out: then the held-out text is continued.")
+    return torch.tensor([ids])
+
+
 @torch.compiler.set_stance("force_eager")  # prompts of many lengths: each would be compiled anew
 def write(model: GPTModel, job: Job, new_tokens: int = 60) -> str:
     """A short sample: the prompt in brackets, and what the model makes of it. One seed, whatever else is random."""
     tokenizer = job.samples.tokenizer
-    given = job.options.prompt
-    prompt = job.samples.prompt() if given is None else torch.tensor([tokenizer.encode(given)])
+    prompt = prompt_ids(job.options, job.samples)
     prompt = prompt[:, -(model.cfg["context_length"] // 2) :].to(job.device)
     ids = generate(model, prompt, new_tokens, 0.8, seed=job.options.seed, stop_tokens=tokenizer.end_of_text)[0].tolist()
     start_, new = ids[: prompt.shape[1]], ids[prompt.shape[1] :]

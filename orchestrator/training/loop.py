@@ -125,10 +125,10 @@ def train(
             last = counters.step == settings.max_steps
             if last or counters.step % settings.eval_steps == 0:
                 look()
+            if checkpoints is not None and (last or checkpoints.due(counters.step)):
+                save()  # before a sample: if that fails, nothing is lost
             if write is not None and (last or (sample_steps and counters.step % sample_steps == 0)):
                 watch.sample(counters.step, write(model))
-            if checkpoints is not None and (last or checkpoints.due(counters.step)):
-                save()
     finally:
         watch.close()
         model.eval()
@@ -179,7 +179,10 @@ def accumulate_gradients(
     """
     total, loss = count_targets(batches), 0.0
     for batch in batches:
-        part = count_targets([batch]) / total
+        tokens = count_targets([batch])
+        if tokens == 0:  # padding alone: its mean would be 0 / 0
+            continue
+        part = tokens / total
         with precision.autocast():
             mean = batch_loss(model, batch, settings.loss_chunk_tokens)
         precision.scaler.scale(mean * part).backward()
@@ -203,14 +206,15 @@ def update(
     """Clip the gradient and step; returns its norm before clipping, and why there was no step, if there was none.
 
     A loss or a gradient that is no number would make every weight one that is none: such a step is left out. Under
-    fp16 a gradient may overflow because the scale is too high; then the scaler lowers it, and that is no fault.
+    fp16 a gradient may overflow because the scale is too high; then the scaler lowers it, and that is no fault, until
+    there is no scale left to lower.
     """
     precision.scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip).item()
     skipped = None
     if not math.isfinite(loss):
         skipped = f"the loss is {loss}"
-    elif not math.isfinite(norm) and not precision.scaler.is_enabled():
+    elif not math.isfinite(norm) and precision.scaler.get_scale() <= 1:  # 1 where there is no scaling
         skipped = f"the gradient's norm is {norm}"
     if skipped is None:
         precision.scaler.step(optimizer)

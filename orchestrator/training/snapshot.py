@@ -21,8 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from GPT2Model.gpt2 import GPTModel
-from GPT2Model.pretrained import misfits
+from GPT2Model.pretrained import hugging_face_form, misfits, write_form
 from GPT2Model.weight_formats import fit_heads, our_names
 from orchestrator.training.rng import random_states, restore_random_states
 from orchestrator.training.same_run import cfg_differences, other_run, phrase_of
@@ -32,32 +31,20 @@ MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.j
 RANDOM, PLAIN_RANDOM = "random.safetensors", "random.json"
 
 
-class Weights(GPTModel):
-    """The weights of a model at one moment, on the CPU: nothing that computes, only what `save_pretrained` reads."""
-
-    def __init__(self, model: GPTModel):
-        nn.Module.__init__(self)
-        tied = {"head.weight"} if model.cfg["tie_weights"] else set()
-        self.cfg = dict(model.cfg)
-        self.copies = {name: to_cpu(tensor) for name, tensor in model.state_dict().items() if name not in tied}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.copies
-
-
 @dataclass
 class Copy:
     """A run at one moment: nothing in it is shared with what goes on being trained."""
 
     step: int
-    weights: Weights
+    weights: dict[str, Tensor]
+    config: dict
     optimizer: dict[str, Tensor]
     random: dict[str, Tensor | dict]
     record: dict
 
     def write(self, place: Path) -> None:
         """Fill an empty folder."""
-        self.weights.save_pretrained(place)
+        write_form(self.weights, self.config, place)
         save_file(self.optimizer, place / OPTIMIZER)
         tensors = {name: value for name, value in self.random.items() if isinstance(value, Tensor)}
         save_file(tensors, place / RANDOM)
@@ -68,7 +55,7 @@ class Copy:
 
     def bytes(self) -> int:
         """About what it takes on the disk."""
-        return sum(tensor.nbytes for part in (self.weights.copies, self.optimizer) for tensor in part.values())
+        return sum(tensor.nbytes for part in (self.weights, self.optimizer) for tensor in part.values())
 
 
 def take_copy(state: TrainState, facts: Mapping) -> Copy:
@@ -82,7 +69,7 @@ def take_copy(state: TrainState, facts: Mapping) -> Copy:
         "versions": versions(),
     }
     memory = {name: to_cpu(value) for name, value in optimizer_memory(state).items()}
-    return Copy(state.counters.step, Weights(state.model), memory, random_states(), record)
+    return Copy(state.counters.step, *hugging_face_form(state.model), memory, random_states(), record)
 
 
 def to_cpu(tensor: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """TrainState: everything that moves while a model is trained, so that a run can stop anywhere and go on."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -48,5 +49,6 @@ class TrainState:
     def take_note(self, validation_loss: float) -> None:
         """Remember a look at the validation split, and whether it is the best so far."""
         self.validation_loss = validation_loss
-        if self.counters.best_loss is None or validation_loss < self.counters.best_loss:
+        best = self.counters.best_loss
+        if math.isfinite(validation_loss) and (best is None or validation_loss < best):
             self.counters.best_loss, self.counters.best_step = validation_loss, self.counters.step
