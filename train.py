@@ -1,6 +1,6 @@
 """Train a GPT-2 on a data set, or on a text of your own. Every option: `python train.py --help`.
 
-    python train.py                                     # a small model learns the tales, in a minute or two
+    python train.py                                     # a small model learns the tales, in about a minute
     python train.py --model gpt2 --dataset wikitext --attn_implementation auto --max_steps 100 \\
         --eval_on_start --eval_steps 10
     python train.py --dataset my-book.txt --tokenizer char --out runs/my-book --resume auto

@@ -1,6 +1,7 @@
 """Train a GPT-2: from a text to a folder with the model, its figures, and checkpoints to go on from.
 
-The same as `python train.py`: every option stands in `orchestrator/training/options.py`.
+The same as `python train.py`: every option stands in `orchestrator/training/options.py`, with its meaning. A run can be
+stopped at any moment and gone on with; docs/TRAINING.md says how, and what a run leaves.
 """
 
 import argparse

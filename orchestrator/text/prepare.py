@@ -30,7 +30,7 @@ import filelock
 from GPT2Model.files import replace_text
 from orchestrator.text.encoding import encode_pieces
 from orchestrator.text.pieces import SPLITS, Text, cut_in_pieces, divide, look_over
-from orchestrator.text.shards import open_shard
+from orchestrator.text.shards import open_shard, read_header
 from orchestrator.text.tokenizers import NAMES, Tokenizer, fingerprint, tokenizer_facts, tokenizer_from
 
 if TYPE_CHECKING:  # what a worker imports stays small
@@ -130,6 +130,7 @@ def open_prepared(folder: str | os.PathLike) -> Prepared:
     tokenizer = tokenizer_from(manifest["tokenizer"])
     try:
         counts = {split: {folder / shard["file"]: shard["tokens"] for shard in manifest[split]} for split in SPLITS}
+        hashes = {folder / shard["file"]: shard["sha256"] for split in SPLITS for shard in manifest[split]}
         documents = manifest["text"]["documents"]
     except (KeyError, TypeError) as error:
         raise ValueError(
@@ -140,6 +141,13 @@ def open_prepared(folder: str | os.PathLike) -> Prepared:
         there = len(open_shard(path, fingerprint(tokenizer)))
         if there != count:
             raise ValueError(f"{path} has {there:,} tokens, {count:,} by {MANIFEST}. Prepare the text again.")
+        found = read_header(path).sha256
+        if found != hashes[path]:
+            raise ValueError(
+                f"{path} is another shard than the one that {MANIFEST} lists: the SHA-256 in its header is "
+                f"{found[:16]}..., {str(hashes[path])[:16]}... by {MANIFEST}. It holds other text. Put the right file "
+                "back, or run the same prepare command again: it makes that shard again."
+            )
     train, validation = counts.values()
     return Prepared(
         folder, manifest["name"], tokenizer, list(train), list(validation), sum(train.values()),
@@ -210,7 +218,9 @@ def _make(source: "Source", out: Path, settings: dict, workers: int | None, prog
     """The work itself, with the folder to itself."""
     for stale in out.glob(".*.partial"):  # of a call that was killed: nobody else is here
         stale.unlink()
-    begun = _read_json(out / UNFINISHED) or _read_json(out / MANIFEST)
+    manifest = _read_json(out / MANIFEST)
+    _drop_foreign(out, manifest or {})
+    begun = _read_json(out / UNFINISHED) or manifest
     if begun is not None:
         _check_manifest(out, begun)
         _same_settings(out, begun["settings"], settings)
@@ -245,6 +255,17 @@ def _make(source: "Source", out: Path, settings: dict, workers: int | None, prog
     bytes_per_token = round(text.utf_8_bytes / sum(totals.values()), 4)
     _write_json(out / MANIFEST, {**begun, "totals": {**totals, "bytes_per_token": bytes_per_token}, **shards})
     (out / UNFINISHED).unlink()
+
+
+def _drop_foreign(out: Path, manifest: dict) -> None:
+    """Delete shards that a finished manifest does not know: they would be taken for this text's."""
+    for shard in (shard for split in SPLITS for shard in manifest.get(split) or ()):
+        try:
+            foreign = read_header(out / shard["file"]).sha256 != shard["sha256"]
+        except (FileNotFoundError, ValueError):  # lost or cut off: it is made again in any case
+            continue
+        if foreign:
+            (out / shard["file"]).unlink()
 
 
 @contextlib.contextmanager

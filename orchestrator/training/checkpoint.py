@@ -93,6 +93,11 @@ class Checkpoints:
             raise bug
         return self.failure
 
+    def healthy(self) -> Path | None:
+        """The newest checkpoint of before the loss stopped being a number."""
+        sound = [step for step in steps_in(self.folder) if is_sound(self.folder / f"step-{step}")]
+        return self.folder / f"step-{sound[-1]}" if sound else None
+
     def close(self) -> None:
         """The run is over.
 
@@ -132,12 +137,24 @@ class Checkpoints:
 
 
 def superfluous(folder: Path, keep_last: int) -> list[int]:
-    """Steps that are neither of the last `keep_last` nor the best."""
+    """Steps that are neither the newest, nor of the last `keep_last` with a finite loss, nor the best.
+
+    Why: a run that has gone wrong goes on for a few steps before it stops, and must not push out what was good.
+    """
     steps = steps_in(folder)
+    sound = [step for step in steps if is_sound(folder / f"step-{step}")]
     losses = {step: validation_loss(folder / f"step-{step}") for step in steps}
     known = [step for step in steps if losses[step] is not None]
-    kept = {*steps[-keep_last:], *([min(known, key=losses.get)] if known else [])}
+    kept = {*steps[-1:], *sound[-keep_last:], *([min(known, key=losses.get)] if known else [])}
     return [step for step in steps if step not in kept]
+
+
+def is_sound(place: Path) -> bool:
+    """Whether the last step before it had a loss and a gradient that were numbers. A damaged one counts as not."""
+    try:
+        return json.loads((place / STATE).read_text(encoding="utf-8"))["counters"]["bad_in_a_row"] == 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def validation_loss(place: Path) -> float | None:

@@ -4,17 +4,20 @@ Everything that can be wrong is looked at before the first step: the options, th
 folder, and what is resumed. Then `loop.train` does the work.
 """
 
+import hashlib
 import json
 import logging
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from CMHA.choosing import attention_report
 from GPT2Model.config import from_preset
@@ -24,10 +27,11 @@ from GPT2Model.gpt2 import GPTModel
 from orchestrator.attention_option import requested_attention
 from orchestrator.evaluation.machine import check_device, describe_attention, describe_machine, machine_facts
 from orchestrator.report import make_folder, plain
+from orchestrator.text.documents import NAMES
 from orchestrator.text.samples import Samples, open_samples
 from orchestrator.text.tokenizers import Tokenizer, fingerprint, tokenizer_facts
 from orchestrator.training import checkpoint, metrics, mfu, profiling
-from orchestrator.training.final import save_final
+from orchestrator.training.final import save_final, tokenizer_in
 from orchestrator.training.loop import History, start, train
 from orchestrator.training.options import SETTINGS_FILE, Options, run_folder, save_options
 from orchestrator.training.precision import resolve_dtype
@@ -75,43 +79,93 @@ def run(options: Options) -> int:
     Raises:
         ValueError, FileNotFoundError, OSError, ImportError: what is wrong, before anything was trained.
     """
-    job = assemble(options)
+    out = folder_of(options)
+    with alone_in(out):
+        return run_job(assemble(replace(options, out=str(out))))
+
+
+def folder_of(options: Options) -> Path:
+    """Where the run is, or will be."""
+    if options.out is None and options.resume == "auto":
+        raise ValueError("--resume auto looks in the folder of the run: say which, with --out DIR.")
+    return Path(options.out or Path("runs") / datetime.now().strftime("train-%Y-%m-%d_%H%M%S"))
+
+
+def run_job(job: Job) -> int:
     say_what_happens(job)
     state = start(job.model, job.settings)
     if job.resumed is not None:
         checkpoint.restore(job.resumed, state)
-        print(f"resumed from {job.resumed}, after step {state.counters.step}", flush=True)
+        go_on(job, state)
     watch = watchers(job, state)
-    save_options(job.options, job.out / SETTINGS_FILE)
+    save_options(with_absolute_paths(job.options), job.out / SETTINGS_FILE)
     kept = checkpoint.Checkpoints(
         job.out / "checkpoints", every=job.options.save_steps, keep_last=job.options.keep_last, facts=facts_of(job)
     )
-    try:
-        with stop_signal() as asked:
+    with stop_signal() as asked:  # until the last byte is on the disk
+        try:
             history = train(
                 job.model, job.samples, job.settings, state=state, watch=watch, checkpoints=kept,
                 write=lambda model: write(model, job), sample_steps=job.options.sample_steps, stop=asked,
             )  # fmt: skip
-    except FloatingPointError as error:
-        failure = kept.wait()
-        print(f"error: {error}\n{failure or 'saved: ' + str(kept.folder)}", file=sys.stderr)
-        return FAILED
+        except FloatingPointError as error:
+            print(f"error: {error}\n{kept.wait() or 'saved: ' + str(kept.folder)}", file=sys.stderr)
+            if (before := kept.healthy()) is not None:
+                print(f"from before it went wrong: --resume {before} --learning_rate LOWER", file=sys.stderr)
+            return FAILED
+        finally:
+            failure = kept.wait()
+        return finish(job, state, history, failure)
+
+
+def go_on(job: Job, state: TrainState) -> None:
+    """Say from where the run goes on.
+
+    Raises:
+        ValueError: it has more steps behind it than it is to have.
+    """
+    done, wanted = state.counters.step, job.settings.max_steps
+    if done > wanted:
+        raise ValueError(
+            f"{job.resumed} has {done} steps behind it already: --max_steps {wanted} would take some back."
+        )
+    all_done = " (all that were asked for: --max_steps makes it longer)" if done == wanted else ""
+    print(f"resumed from {job.resumed}, after step {done}{all_done}", flush=True)
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """For the time of a `with`, the only run of this machine in a folder.
+
+    Raises:
+        ValueError: another process trains there.
+    """
+    name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
+    lock = FileLock(Path(tempfile.gettempdir()) / f"gpt2-training-{name}.lock")
+    with suppress(OSError):  # another user's file: then nobody can say
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(
+                f"another process is training in {out}: wait until it has ended, or choose another --out."
+            ) from error
+    try:
+        yield
     finally:
-        failure = kept.wait()
-    code = finish(job, state, history)
-    if failure is not None:
-        print(f"error: {failure}", file=sys.stderr)
-        return FAILED
-    return code
+        lock.release(force=True)
 
 
 def assemble(options: Options) -> Job:
     """Look at everything before the work: raises for what is wrong, with what to do."""
-    out = Path(options.out or Path("runs") / datetime.now().strftime("train-%Y-%m-%d_%H%M%S"))
+    out = folder_of(options)
+    options = replace(options, model=weights_folder(options.model))
     resumed = what_to_resume(options, out)
     device = check_device(options.device)
     sizes = cfg_of(options)
     options = replace(options, out=str(out), max_length=options.max_length or sizes["context_length"], device=device)
+    if not Path(options.model).is_dir():  # what the preset decided, for those who read the settings
+        decided = ("n_layers", "n_heads", "emb_dim", "drop_rate", "attn_implementation")
+        options = replace(options, use_flash_attention=False, **{name: sizes[name] for name in decided})
     settings = options.train_settings(sizes["emb_dim"], options.max_length, device)
     settings = replace(settings, dtype=resolve_dtype(settings.dtype, device))
     samples = open_samples(
@@ -145,10 +199,10 @@ def what_to_resume(options: Options, out: Path) -> Path | None:
             )
         return None
     if options.resume == "auto":
-        if options.out is None:
-            raise ValueError("--resume auto looks in the folder of the run: say which, with --out DIR.")
         return checkpoint.find(place)
     given = Path(options.resume).expanduser()
+    if given.is_dir() and given.resolve() != run_folder(given).resolve() and given.parent.name != "checkpoints":
+        raise ValueError(f"--resume {given} is no checkpoint: pass {run_folder(given)}, or a checkpoints/step-N in it.")
     if given.resolve() == run_folder(given).resolve():
         found = checkpoint.find(given / "checkpoints")
         if found is None:
@@ -156,6 +210,22 @@ def what_to_resume(options: Options, out: Path) -> Path | None:
         return found
     checkpoint.verify(given)
     return given
+
+
+def weights_folder(model: str) -> str:
+    """The final model of a run, if that is what was given; else what was given: a preset, or a folder with weights."""
+    folder = Path(model)
+    return str(folder / "final" if (folder / SETTINGS_FILE).is_file() and (folder / "final").is_dir() else folder)
+
+
+def with_absolute_paths(options: Options) -> Options:
+    """Paths that hold from any folder: a run may be resumed from another."""
+    model, dataset = options.model, options.dataset
+    if Path(model).is_dir():
+        model = str(Path(model).resolve())
+    if dataset not in NAMES and (Path(dataset).exists() or "*" in dataset):
+        dataset = str(Path.cwd() / dataset)
+    return replace(options, model=model, dataset=dataset, data_dir=str(Path(options.data_dir).resolve()))
 
 
 def cfg_of(options: Options) -> dict:
@@ -197,12 +267,24 @@ def make_model(options: Options, sizes: dict, tokenizer: Tokenizer, device: str)
                 f"{options.model} has a vocabulary of {sizes['vocab_size']}, the tokenizer {tokenizer.name} one of "
                 f"{tokenizer.vocab_size}: choose the tokenizer that it was trained with."
             )
+        check_vocabulary(options.model, tokenizer)
         attention = {
             name: sizes[name] for name in ("attn_implementation", "attn_strict", "disable_mps_fix", "drop_rate")
         }
         return GPTModel.from_pretrained(options.model, attention).to(device)
     torch.manual_seed(options.seed)
     return GPTModel({**sizes, "vocab_size": tokenizer.vocab_size}).to(device)
+
+
+def check_vocabulary(folder: str, tokenizer: Tokenizer) -> None:
+    """Raise where a model that this project trained would read other tokens than it learned; others cannot be asked."""
+    known = tokenizer_in(Path(folder))
+    if known is not None and fingerprint(known) != fingerprint(tokenizer):
+        raise ValueError(
+            f"{folder} learned the tokens of {known.name} (a vocabulary of {known.vocab_size}), and those of this text "
+            f"are others: {tokenizer.name}, {tokenizer.vocab_size}. The letters of `char` are those of the text that "
+            "it was made from: go on with the same text, or train the first model with --tokenizer bytes or gpt2."
+        )
 
 
 def facts_of(job: Job) -> dict:
@@ -295,25 +377,40 @@ def write(model: GPTModel, job: Job, new_tokens: int = 60) -> str:
     return f"[{tokenizer.decode(start_)}]{tokenizer.decode(new)}"
 
 
-def finish(job: Job, state: TrainState, history: History) -> int:
+def finish(job: Job, state: TrainState, history: History, failure: str | None) -> int:
     """The model if the run came to its end, first of all; then the figures, and a few lines."""
     counters, final = state.counters, job.out / "final"
+    problems = [] if failure is None else [failure]
     if history.stopped is None:
-        save_final(job.model, job.samples.tokenizer, final)
-        facts = {"counters": asdict(counters), "machine": machine_facts(job.device), "attention": attention_report()}
-        replace_text(job.out / "report.json", json.dumps(plain(facts), indent=2) + "\n")
+        try:
+            save_final(job.model, job.samples.tokenizer, final)
+            facts = {
+                "counters": asdict(counters),
+                "machine": machine_facts(job.device),
+                "attention": attention_report(),
+            }
+            replace_text(job.out / "report.json", json.dumps(plain(facts), indent=2) + "\n")
+        except OSError as error:
+            problems.append(f"the trained model could not be written: {error}")
     draw(job)
+    if problems:
+        print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
+        return FAILED
     if history.stopped is not None:
         print(f"stopped by {history.stopped} after step {counters.step}, saved. To go on: --resume {job.out}")
         return EXIT_OF[history.stopped]
     if state.validation_loss is not None:
         floor = floor_of(job)
         known = f"; the exact floor is {floor:.4f}" if floor is not None else ""
-        best = f"best {counters.best_loss:.4f} after step {counters.best_step}"
+        best = (
+            f"best {counters.best_loss:.4f} after step {counters.best_step}" if counters.best_step is not None else ""
+        )
         print(f"validation loss {state.validation_loss:.4f} nats per token{known}; {best}")
     since = f", {history.seconds:.0f} s of it since it was resumed" if job.resumed else f" in {history.seconds:.0f} s"
     print(f"{counters.tokens:,} tokens{since}; steps skipped: {counters.skipped}")
-    print(f"model: {final}; to open it: open_trained({str(job.out)!r}) of orchestrator/training/final.py")
+    print(
+        f"the model, as it is after the last step: {final}; open_trained({str(job.out)!r}) opens it (docs/TRAINING.md)"
+    )
     return 0
 
 

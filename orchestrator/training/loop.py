@@ -24,6 +24,8 @@ from orchestrator.training.settings import TrainSettings
 from orchestrator.training.state import TrainState
 from orchestrator.training.watch import ProgressBar, StepRecord, Watch
 
+OVERFLOW = "the gradient overflowed at this fp16 scale"
+
 
 @dataclass
 class History:
@@ -114,7 +116,7 @@ def train(
             counters.sample += settings.samples_per_step
             counters.tokens += tokens
             counters.skipped += skipped is not None
-            counters.bad_in_a_row = counters.bad_in_a_row + 1 if skipped else 0
+            counters.bad_in_a_row = counters.bad_in_a_row + 1 if skipped not in (None, OVERFLOW) else 0
             state.validation_loss = None
             seconds = time.perf_counter() - began
             watch.step(StepRecord(counters.step, loss, rate, norm, tokens, seconds, skipped))
@@ -123,9 +125,10 @@ def train(
                 raise FloatingPointError(advice(skipped, state))
 
             last = counters.step == settings.max_steps
-            if last or counters.step % settings.eval_steps == 0:
-                look()
-            if checkpoints is not None and (last or checkpoints.due(counters.step)):
+            due = checkpoints is not None and checkpoints.due(counters.step)
+            if last or due or counters.step % settings.eval_steps == 0:
+                look()  # at each checkpoint too: which of them is the best must be known
+            if last or due:
                 save()  # before a sample: if that fails, nothing is lost
             if write is not None and (last or (sample_steps and counters.step % sample_steps == 0)):
                 watch.sample(counters.step, write(model))
@@ -216,7 +219,9 @@ def update(
         skipped = f"the loss is {loss}"
     elif not math.isfinite(norm) and precision.scaler.get_scale() <= 1:  # 1 where there is no scaling
         skipped = f"the gradient's norm is {norm}"
-    if skipped is None:
+    elif not math.isfinite(norm):
+        skipped = OVERFLOW
+    if skipped in (None, OVERFLOW):  # the scaler sees the overflow itself, leaves the step out, and lowers its scale
         precision.scaler.step(optimizer)
     if precision.scaler.is_enabled():
         precision.scaler.update()

@@ -2,11 +2,14 @@
 
 import io
 import json
+import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+
+from tqdm.auto import tqdm
 
 from GPT2Model.files import replace_file, replace_text
 from orchestrator.report import plain
@@ -23,6 +26,9 @@ class JsonLines(Watch):
     "tokens_per_second", "mfu" (0 to 1, if it is known) and "skipped" (why, or null). NaN and infinities, which JSON
     lacks, are the strings "nan", "inf" and "-inf".
 
+    A line that cannot be written (a full disk) is left out with one warning for the whole run, half of it is cut off
+    again, and the next event is tried anew: with room again, the file goes on.
+
     Args:
         path: of the file. A run that begins replaces it; one that goes on keeps what it holds up to that step, so that
             each step stands once, however often the run was killed.
@@ -34,6 +40,7 @@ class JsonLines(Watch):
         self.path, self.resume_step, self.at = Path(path), resume_step, 0
         self.rate = None if rate is None else Rate(*rate)
         self.file: io.FileIO | None = None
+        self.whole, self.warned = 0, False  # bytes of whole lines
 
     def __str__(self):
         return f"the metrics file {self.path}"
@@ -42,6 +49,7 @@ class JsonLines(Watch):
         self.at = step
         keep_until(self.path, step if self.resume_step is None else self.resume_step)
         self.file = self.path.open("ab", buffering=0)  # each line is out at once, and whole
+        self.whole = self.path.stat().st_size
         self.write("start", step, max_steps=max_steps)
 
     def step(self, record):
@@ -70,13 +78,36 @@ class JsonLines(Watch):
         line = json.dumps(plain({"event": event, "step": step, **facts, "time": now}), allow_nan=False) + "\n"
         data = line.encode("ascii")
         try:
-            written = self.file.write(data)
-            if written < len(data):  # a disk takes what still fits, and says why not the rest
-                self.file.write(data[written:])
-        except OSError:
-            self.file.close()
-            self.file = None  # no line after half a line
-            raise
+            self.cut()
+            self.put(data)
+            self.whole += len(data)
+        except OSError as error:
+            with suppress(OSError):
+                self.cut()  # at once, so that a reader sees whole lines; if not now, then before the next line
+            self.warn(error)
+
+    def put(self, data: bytes) -> None:
+        """Write it all, or raise the OSError that says why not."""
+        written = self.file.write(data) or 0
+        while written < len(data):  # a disk takes what still fits, and says at the next write why not the rest
+            written += self.file.write(data[written:]) or 0
+
+    def cut(self) -> None:
+        """Drop what stands after the last whole line: half a line, of a write that failed."""
+        if self.file.seek(0, io.SEEK_END) > self.whole:
+            self.file.truncate(self.whole)
+
+    def warn(self, error: OSError) -> None:
+        """Say it once a run: a full disk fails at every step."""
+        if self.warned:
+            return
+        self.warned = True
+        with suppress(Exception):
+            tqdm.write(
+                f"{self}: a line could not be written, and is left out: {error}. The training goes on, and every later "
+                "event is tried again.",
+                file=sys.stderr,
+            )
 
 
 def measured(record: StepRecord, rate: Rate | None) -> dict:

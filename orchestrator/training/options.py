@@ -68,7 +68,8 @@ class Options:
     batch_size: int | None = None
     # forward and backward passes in one step
     gradient_accumulation_steps: int = 1
-    # the highest rate; None: 6e-4 at GPT-2's width of 768, and more for narrower models: 6e-4 * 768 / emb_dim
+    # the highest rate; None: 6e-4 at GPT-2's width of 768, and more for narrower models, 6e-4 * 768 / emb_dim; a tenth
+    # of it for a folder's weights
     learning_rate: float | None = None
     # steps of linear rise to it; None: a twentieth of max_steps
     warmup_steps: int | None = None
@@ -123,7 +124,7 @@ class Options:
     out: str | None = None
     # steps between two checkpoints; there is one more at the end
     save_steps: int = 200
-    # so many checkpoints are kept, and the best of those that were made right after a look at the held-out text
+    # so many checkpoints are kept, and the best of them
     keep_last: int = 2
     # auto: go on from the newest checkpoint in --out, if there is one; or the folder of a run, or of a checkpoint
     resume: str | None = None
@@ -136,8 +137,10 @@ class Options:
         Raises:
             ValueError: every number that makes no sense, at once.
         """
-        rate = 6e-4 * 768 / emb_dim if self.learning_rate is None else self.learning_rate
-        warmup = self.max_steps // 20 if self.warmup_steps is None else self.warmup_steps
+        usual = 6e-4 * 768 / emb_dim * (0.1 if Path(self.model).is_dir() else 1.0)
+        rate = usual if self.learning_rate is None else self.learning_rate
+        follows = max(0, self.max_steps // 20)  # not below 0: of a negative max_steps nothing but that is said
+        warmup = follows if self.warmup_steps is None else self.warmup_steps
         room = TOKENS.get(device, TOKENS_ELSEWHERE)
         batch_size = max(1, room // tokens) if self.batch_size is None else self.batch_size
         names = {field.name for field in fields(TrainSettings)} & {field.name for field in fields(Options)}
@@ -252,7 +255,7 @@ def kind_name(kind: Any) -> str:
 
 def save_options(options: Options, file: Path) -> None:
     """Write options as TOML; what is None is left out, and how the run was started again, which is no setting of it."""
-    left_out = ("config", "resume")
+    left_out = ("config", "resume", "out")
     given = {name: value for name, value in asdict(options).items() if value is not None and name not in left_out}
     replace_text(file, tomli_w.dumps(given | {"betas": list(options.betas)}))
 

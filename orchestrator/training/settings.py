@@ -87,8 +87,9 @@ class TrainSettings:
             found.append(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
         if not all(0 <= beta < 1 for beta in self.betas):
             found.append(f"betas must be from 0 to below 1, got {self.betas}")
-        if not math.isfinite(self.learning_rate):
-            found.append(f"learning_rate must be finite, got {self.learning_rate}")
+        for name in ("learning_rate", "weight_decay", "clip"):
+            if math.isinf(getattr(self, name)) and getattr(self, name) > 0:  # NaN and -inf are named above
+                found.append(f"{name} must be finite, got {getattr(self, name)}")
         for name, known in (("dtype", DTYPES), ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in known:
                 found.append(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")

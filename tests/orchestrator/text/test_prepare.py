@@ -205,6 +205,25 @@ def test_shards_that_were_lost_or_cut_off_are_made_again(book, tmp_path):
     assert contents(out) == before
 
 
+def test_a_shard_of_another_text_that_is_as_long_is_seen_and_made_again(tmp_path):
+    """Whole, of the same tokenizer and the same length: only the hash tells it from the right one."""
+    for name, text in (("mine", ONE), ("other", ONE.replace("Grüße", "Größe"))):
+        (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
+    mine, other = (Source(name, (tmp_path / f"{name}.txt",)) for name in ("mine", "other"))
+    out, foreign = tmp_path / "out", tmp_path / "foreign"
+    prepared = prepare(mine, "bytes", out, shard_characters=1000, progress=False)
+    before = contents(out)
+    prepare(other, "bytes", foreign, shard_characters=1000, progress=False)
+    victim = prepared.train[1]
+    shutil.copy(foreign / victim.name, victim)
+    assert len(open_shard(victim)) == prepared.manifest["train"][1]["tokens"]
+    assert victim.read_bytes() != before[victim.name]
+    with pytest.raises(ValueError, match=r"train-00001\.tokens is another shard than the one that .*\.json lists"):
+        open_prepared(out)
+    prepare(mine, "bytes", out, shard_characters=1000, progress=False)
+    assert contents(out) == before
+
+
 def test_shards_of_an_unknown_text_are_not_taken_for_those_of_this_one(book, library, tmp_path):
     out = tmp_path / "out"
     prepare(library, "bytes", out, shard_characters=1000, progress=False)

@@ -172,7 +172,7 @@ def test_a_broken_parquet_file_is_said_for_what_it_is(tmp_path):
 def test_a_parquet_file_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
     parquet_of(tmp_path, text=["a"])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ImportError, match=re.escape('pip install -r requirements-hub.txt')):
+    with pytest.raises(ImportError, match=re.escape("pip install -r requirements-hub.txt")):
         list(read_documents(tmp_path / "whole.parquet"))
 
 

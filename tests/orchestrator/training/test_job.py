@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import json
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from GPT2Model.gpt2 import GPTModel
 from orchestrator.cli import main as command_line
 from orchestrator.commands.train import main
 from orchestrator.training.final import open_trained
-from orchestrator.training.job import assemble
+from orchestrator.training.job import alone_in, assemble
 from orchestrator.training.options import SETTINGS_FILE, Options, from_toml, parse
 
 SENTENCES = "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals. " * 60
@@ -95,8 +97,8 @@ def test_the_settings_of_the_run_are_all_there_and_make_the_same_run(trained, tm
         assert (tmp_path / "again" / "final" / name).read_bytes() == (trained / "final" / name).read_bytes()
 
 
-def test_it_looked_before_the_first_step_and_then_every_third(trained):
-    assert [step for step, _ in looks(trained)] == [0, 3, 6]
+def test_it_looked_before_the_first_step_then_every_third_and_at_each_checkpoint(trained):
+    assert [step for step, _ in looks(trained)] == [0, 2, 3, 4, 6]  # and at each checkpoint
     first = looks(trained)[0][1]
     assert first == pytest.approx(torch.tensor(len(set(SENTENCES)) + 1.0).log().item(), abs=0.5)
     assert looks(trained)[-1][1] < first
@@ -104,7 +106,7 @@ def test_it_looked_before_the_first_step_and_then_every_third(trained):
 
 def test_without_the_option_it_does_not_look_before_the_first_step(here):
     assert main(words(dataset="night.txt", tokenizer="char", out="run")) == 0
-    assert [step for step, _ in looks(here / "run")] == [3, 6]
+    assert [step for step, _ in looks(here / "run")] == [2, 3, 4, 6]
 
 
 def held_out_ids(trained) -> list[int]:
@@ -472,3 +474,75 @@ def test_the_saved_settings_are_those_that_ran(trained):
     assert record["settings"]["learning_rate"] == saved.learning_rate
     assert record["settings"]["dtype"] == saved.dtype == "fp32"
     assert record["cfg"]["n_layers"] == saved.n_layers == 1
+
+
+# --- what reviewers of the first version broke ----------------------------------------------------------------------
+
+
+def test_samples_and_their_seeds_change_no_bit_of_a_run_with_dropout(here):
+    """Through the job's own way of writing a sample."""
+    for out, every in (("quiet", 0), ("talking", 2)):
+        assert main(words(dataset="night.txt", tokenizer="char", out=out, drop_rate=0.3, sample_steps=every)) == 0
+    weights = [(here / out / "final" / "model.safetensors").read_bytes() for out in ("quiet", "talking")]
+    assert weights[0] == weights[1]
+
+
+def test_a_second_process_may_not_train_in_the_folder_of_a_run_that_goes_on(here, capsys):
+    with alone_in(here / "run"):
+        code = main(words(dataset="night.txt", tokenizer="char", out="run"))
+    assert code == 2
+    assert "another process is training in" in capsys.readouterr().err
+    assert not (here / "run").exists()
+    assert main(words(dataset="night.txt", tokenizer="char", out="run")) == 0
+
+
+def test_letters_of_another_text_are_not_taken_for_those_that_a_model_learned(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("other.txt").write_text(SENTENCES.translate({code: code + 1000 for code in range(97, 123)}))
+    sizes = {name: None for name in ("n_layers", "n_heads", "emb_dim")}
+    for model in (trained, trained / "final", trained / "checkpoints" / "step-6"):
+        assert main(words(dataset="other.txt", tokenizer="char", model=model, out="run", **sizes)) == 2
+        assert "learned the tokens of char" in capsys.readouterr().err
+    assert not Path("run").exists()
+    Path("same.txt").write_text(SENTENCES)
+    assert main(words(dataset="same.txt", tokenizer="char", model=trained, out="run", **sizes)) == 0
+    saved = tomllib.loads((Path("run") / SETTINGS_FILE).read_text())
+    assert saved["learning_rate"] == pytest.approx(6e-4 * 768 / 16 / 10)  # gentler with weights that know something
+
+
+def test_a_run_goes_on_from_another_folder_and_never_takes_steps_back(here, tmp_path_factory, monkeypatch, capsys):
+    assert main(words(dataset="night.txt", tokenizer="char", out="run")) == 0
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert main(["--resume", str(here / "run"), "--max_steps", "4"]) == 2
+    assert "6 steps behind it already" in capsys.readouterr().err
+    assert tomllib.loads((here / "run" / SETTINGS_FILE).read_text())["max_steps"] == 6
+    assert main(["--resume", str(here / "run"), "--max_steps", "8"]) == 0
+    assert looks(here / "run")[-1][0] == 8
+    assert main(["--resume", str(here / "run" / "final")]) == 2
+    assert "is no checkpoint" in capsys.readouterr().err
+
+
+def test_steps_that_went_wrong_push_no_good_checkpoint_out(here, capsys):
+    """A rate that makes every weight infinite at once, after six good steps."""
+    assert main(words(dataset="night.txt", tokenizer="char", out="run", keep_last=1)) == 0
+    wrong = ["--resume", "run", "--max_steps", "20", "--learning_rate", "1e38", "--clip", "1e30", "--save_steps", "1"]
+    assert main(wrong) == 1
+    told = capsys.readouterr().err
+    before = re.search(r"--resume (\S+) --learning_rate LOWER", told)[1]
+    assert all(weight.isfinite().all() for weight in GPTModel.from_pretrained(before).parameters()), told
+
+
+def test_where_the_last_save_fails_the_exit_code_says_so(here):
+    """A real failing write, in a process of its own: no file may grow beyond 20 kB."""
+    root = Path(__file__).resolve().parents[3]
+    limited = (
+        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
+        f"sys.argv[0] = {str(root / 'train.py')!r}; sys.path.insert(0, {str(root)!r});"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    options = words(dataset="night.txt", tokenizer="char", out="run", emb_dim=32)
+    ended = subprocess.run([sys.executable, "-c", limited, *options], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1, ended.stderr
+    assert "could not be written" in ended.stderr
+    assert "Traceback" not in ended.stderr

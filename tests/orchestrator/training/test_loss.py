@@ -102,6 +102,30 @@ def test_the_loss_in_chunks_is_the_loss_of_the_formula(reduction, chunk):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("chunk", [4, 16])
+def test_in_bf16_many_chunks_lose_no_more_of_the_heads_gradient_than_one_product(chunk):
+    """One bf16 copy of the head for all chunks would add their gradients up in bf16, with eight bits a sum."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, targets = torch.randn(1, 512, 24, generator=generator), torch.randint(23, (1, 512), generator=generator)
+    head = torch.nn.Linear(24, 23, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(23, 24, generator=generator) / 24**0.5)
+
+    weight = head.weight.detach().double().requires_grad_()  # the gradient in float64
+    log_p = (hidden[0].double() @ weight.T).log_softmax(-1)
+    (wanted,) = torch.autograd.grad(-log_p.gather(1, targets[0][:, None]).mean(), weight)
+
+    def error(loss_of) -> float:
+        with Precision("bf16", "cpu").autocast():
+            loss = loss_of()
+        (found,) = torch.autograd.grad(loss, head.weight)
+        return ((found.double() - wanted).norm() / wanted.norm()).item()
+
+    whole = error(lambda: next_token_loss(head(hidden), targets))
+    assert 1e-4 < whole < 1e-1  # bf16 it is, and the gradient meant
+    assert error(lambda: chunked_next_token_loss(hidden, head, targets, chunk)) < 1.5 * whole
+
+
 def test_in_chunks_the_head_never_sees_more_tokens_than_a_chunk():
     model, rows, seen = small_model(), UnequalRows().batch(0, 4), []
     model.head.register_forward_hook(lambda _, given, __: seen.append(given[0].numel() // 24))

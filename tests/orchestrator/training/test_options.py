@@ -44,13 +44,34 @@ def test_every_knob_of_the_loop_is_an_option_and_reaches_it():
 
 
 @pytest.mark.parametrize(
-    ("emb_dim", "tokens", "rate", "batch"),
-    [(768, 1024, 6e-4, 4), (128, 128, 36e-4, 32), (384, 4096, 12e-4, 1), (768, 9999, 6e-4, 1)],
+    ("emb_dim", "tokens", "device", "rate", "batch"),
+    [
+        (768, 1024, "cpu", 6e-4, 1),
+        (128, 128, "cpu", 36e-4, 8),
+        (384, 4096, "cpu", 12e-4, 1),
+        (768, 1024, "cuda", 6e-4, 8),
+        (128, 128, "cuda", 36e-4, 64),
+        (768, 9999, "cuda", 6e-4, 1),
+        (768, 1024, "mps", 6e-4, 8),
+    ],
 )
-def test_what_is_left_open_follows_from_the_width_and_the_length(emb_dim, tokens, rate, batch):
-    found = Options(max_steps=470).train_settings(emb_dim, tokens)
+def test_what_is_left_open_follows_from_the_width_the_length_and_the_device(emb_dim, tokens, device, rate, batch):
+    found = Options(max_steps=470).train_settings(emb_dim, tokens, device)
     assert found.learning_rate == pytest.approx(rate, rel=1e-12)
     assert (found.batch_size, found.warmup_steps) == (batch, 23)
+
+
+def test_without_a_device_the_batch_is_that_of_a_cpu():
+    assert Options().train_settings(768, 128) == Options().train_settings(768, 128, "cpu")
+
+
+@pytest.mark.parametrize("steps", [0, -1, -100])
+def test_of_negative_steps_the_warmup_that_follows_from_them_is_not_blamed(steps):
+    with pytest.raises(ValueError, match=f"max_steps must be 1 or more, got {steps}") as caught:
+        Options(max_steps=steps).train_settings(128, 64)
+    assert "warmup_steps" not in str(caught.value)
+    with pytest.raises(ValueError, match="warmup_steps must be 0 or more, got -3"):
+        Options(max_steps=steps, warmup_steps=-3).train_settings(128, 64)
 
 
 def test_numbers_that_make_no_sense_are_all_named():
