@@ -258,14 +258,15 @@ def _make(source: "Source", out: Path, settings: dict, workers: int | None, prog
 
 
 def _drop_foreign(out: Path, manifest: dict) -> None:
-    """Delete shards that a finished manifest does not know: they would be taken for this text's."""
-    for shard in (shard for split in SPLITS for shard in manifest.get(split) or ()):
-        try:
-            foreign = read_header(out / shard["file"]).sha256 != shard["sha256"]
-        except (FileNotFoundError, ValueError):  # lost or cut off: it is made again in any case
-            continue
-        if foreign:
-            (out / shard["file"]).unlink()
+    """Delete shards that a finished manifest does not know: whole in themselves, they would be taken for its own."""
+    try:
+        hashes = {out / shard["file"]: shard["sha256"] for split in SPLITS for shard in manifest.get(split) or ()}
+    except (KeyError, TypeError):  # a manifest that says nothing of use
+        return
+    for path, known in hashes.items():
+        with contextlib.suppress(FileNotFoundError, ValueError):  # lost or cut off: it is made again in any case
+            if read_header(path).sha256 != known:
+                path.unlink()
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.training import checkpoint
-from orchestrator.training.checkpoint import Checkpoints, check_same_run, find, restore
+from orchestrator.training.checkpoint import Checkpoints, check_same_run, find, restore, superfluous
 from orchestrator.training.checkpoint_folder import damages, publish, steps_in
 from tests.orchestrator.training.forks import Forks
 from tests.orchestrator.training.killed_runs import run_on_a_full_disk
@@ -271,3 +271,12 @@ def test_another_run_is_refused_and_a_changed_one_is_told(folder):
     lines.clear()
     check_same_run(place, facts, lines.append)
     assert "version of torch: '1.0' was saved" in lines[0]
+
+
+def test_checkpoints_of_steps_that_went_wrong_do_not_push_out_those_of_before(tmp_path):
+    bad_in_a_row = {10: 0, 20: 0, 30: 0, 40: 2, 50: 5}
+    for step, bad in bad_in_a_row.items():
+        (tmp_path / f"step-{step}").mkdir()
+        record = {"validation_loss": None, "counters": {"bad_in_a_row": bad}}
+        (tmp_path / f"step-{step}" / "state.json").write_text(json.dumps(record))
+    assert superfluous(tmp_path, keep_last=2) == [10, 40]  # the newest stays, and the last two that were sound

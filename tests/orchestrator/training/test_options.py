@@ -21,7 +21,7 @@ from orchestrator.training.options import (
 )
 from orchestrator.training.settings import TrainSettings
 
-OF_THE_START = ("config", "resume")
+OF_THE_START = ("config", "resume", "out")
 NAMES = [field.name for field in fields(Options)]
 
 
