@@ -204,7 +204,8 @@ class ProgressBar(Watch):
     ):
         self.rate = None if rate is None else Rate(*rate)
         self.stream = stream or sys.stderr
-        self.live = live if live is not None else self.stream.isatty() or "ipykernel" in sys.modules
+        in_a_notebook = stream is None and "ipykernel" in sys.modules
+        self.live = live if live is not None else self.stream.isatty() or in_a_notebook
         self.every, self.clock, self.pace = every, clock, Pace(clock)
         self.bar, self.at, self.max_steps, self.shown_at, self.shown_when = None, 0, 0, None, None
         self.loss = self.validation = None

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib
 import json
 import re
 import subprocess
@@ -255,6 +256,9 @@ def test_the_old_flag_beside_another_name_is_an_error(here, capsys):
 
 
 def test_an_implementation_that_cannot_serve_says_why_and_another_does(here, capsys, caplog):
+    choosing = importlib.import_module("CMHA.choosing.choose")
+    choosing.chosen_once.cache_clear()  # a warning comes once in a process, and another test may have had it
+    choosing._warned.clear()
     job = assemble(
         parse(words(dataset="night.txt", tokenizer="char", attn_implementation="paged_attention", out="run"))
     )

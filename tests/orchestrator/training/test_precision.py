@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.training.loop import evaluate, start, train
+from orchestrator.training.loop import OVERFLOW, evaluate, start, train
 from orchestrator.training.precision import Precision, native_bf16, resolve_dtype
 from tests.orchestrator.training.small import Notes, UnequalRows, recipe, same, small_model, weights_of
 
@@ -109,8 +109,11 @@ def test_an_overflow_under_fp16_lowers_the_scale_and_is_no_fault(optimizer):
     train(model, UnequalRows(), settings, state=state, watch=notes)
     assert same(notes.weights[0], before)  # no step was made
     assert all(memory.count_nonzero() == 0 for memory in notes.memories[0])
-    assert state.counters.skipped == 0
-    assert [record.skipped for record in notes.steps] == [None] * 80
+    told = [record.skipped for record in notes.steps]
+    assert told[0] == OVERFLOW
+    assert set(told) == {OVERFLOW, None}
+    assert state.counters.skipped == told.count(OVERFLOW)  # counted, and never held against the run: max_bad_steps is 1
+    assert state.scaler.get_scale() == 2.0 ** (40 - state.counters.skipped)  # each halves it
     assert 2.0**8 < state.scaler.get_scale() < 2.0**25
     assert not same(notes.weights[-1], before)
     assert sum(record.loss for record in notes.steps[-4:]) / 4 < notes.steps[0].loss - 1  # it went on, and learned
