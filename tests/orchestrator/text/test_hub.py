@@ -286,7 +286,7 @@ def test_a_name_that_no_hub_could_have_is_said(tmp_path, nowhere):
 
 def test_without_huggingface_hub_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match="pip install -r requirements-hub.txt"):
+    with pytest.raises(ImportError, match=r"pip install -r requirements-hub\.txt"):
         download(WIKITEXT, tmp_path)
 
 
