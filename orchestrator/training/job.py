@@ -4,34 +4,28 @@ Everything that can be wrong is looked at before the first step: the options, th
 folder, and what is resumed. Then `loop.train` does the work.
 """
 
-import hashlib
 import json
 import logging
-import signal
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from CMHA.choosing import attention_report
-from GPT2Model.config import from_preset
 from GPT2Model.files import replace_text
 from GPT2Model.generation import generate
 from GPT2Model.gpt2 import GPTModel
-from orchestrator.attention_option import requested_attention
 from orchestrator.evaluation.machine import check_device, describe_attention, describe_machine, machine_facts
 from orchestrator.report import make_folder, plain
 from orchestrator.text.documents import NAMES
 from orchestrator.text.samples import Samples, open_samples
-from orchestrator.text.tokenizers import Tokenizer, fingerprint, tokenizer_facts
+from orchestrator.text.tokenizers import fingerprint, tokenizer_facts
 from orchestrator.training import checkpoint, metrics, mfu, profiling
-from orchestrator.training.final import save_final, tokenizer_in
+from orchestrator.training.final import save_final
+from orchestrator.training.job_model import cfg_of, make_model, weights_folder
+from orchestrator.training.job_process import alone_in, stop_signal
 from orchestrator.training.loop import History, start, train
 from orchestrator.training.options import SETTINGS_FILE, Options, run_folder, save_options
 from orchestrator.training.precision import resolve_dtype
@@ -40,7 +34,6 @@ from orchestrator.training.state import TrainState
 from orchestrator.training.watch import ProgressBar, Several, Watch
 from orchestrator.views.run_figures import save_run_figures
 
-SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 EXIT_OF = {"SIGTERM": 143, "Ctrl-C": 130}  # what a shell reports of a program that a signal ended
 FAILED = 1
 
@@ -133,28 +126,6 @@ def go_on(job: Job, state: TrainState) -> None:
     print(f"resumed from {job.resumed}, after step {done}{all_done}", flush=True)
 
 
-@contextmanager
-def alone_in(out: Path) -> Iterator[None]:
-    """For the time of a `with`, the only run of this machine in a folder.
-
-    Raises:
-        ValueError: another process trains there.
-    """
-    name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
-    lock = FileLock(Path(tempfile.gettempdir()) / f"gpt2-training-{name}.lock")
-    with suppress(OSError):  # another user's file: then nobody can say
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(
-                f"another process is training in {out}: wait until it has ended, or choose another --out."
-            ) from error
-    try:
-        yield
-    finally:
-        lock.release(force=True)
-
-
 def assemble(options: Options) -> Job:
     """Look at everything before the work: raises for what is wrong, with what to do."""
     out = folder_of(options)
@@ -212,12 +183,6 @@ def what_to_resume(options: Options, out: Path) -> Path | None:
     return given
 
 
-def weights_folder(model: str) -> str:
-    """The final model of a run, if that is what was given; else what was given: a preset, or a folder with weights."""
-    folder = Path(model)
-    return str(folder / "final" if (folder / SETTINGS_FILE).is_file() and (folder / "final").is_dir() else folder)
-
-
 def with_absolute_paths(options: Options) -> Options:
     """Paths that hold from any folder: a run may be resumed from another."""
     model, dataset = options.model, options.dataset
@@ -226,65 +191,6 @@ def with_absolute_paths(options: Options) -> Options:
     if dataset not in NAMES and (Path(dataset).exists() or "*" in dataset):
         dataset = str(Path.cwd() / dataset)
     return replace(options, model=model, dataset=dataset, data_dir=str(Path(options.data_dir).resolve()))
-
-
-def cfg_of(options: Options) -> dict:
-    """The cfg of the model, but for its vocabulary.
-
-    Raises:
-        ValueError: a preset or folder that does not exist, or sizes that contradict it.
-    """
-    attention = {
-        "attn_implementation": requested_attention(options),
-        "attn_strict": options.attn_strict,
-        "disable_mps_fix": options.disable_mps_fix,
-    }
-    changes = {"context_length": options.max_length, "drop_rate": options.drop_rate}
-    changes |= {name: getattr(options, name) for name in ("n_layers", "n_heads", "emb_dim")}
-    changes = {name: value for name, value in changes.items() if value is not None}
-    if changes.get("context_length", 1) < 1:
-        raise ValueError(f"--max_length must be 1 token or more, got {options.max_length}.")
-    if not Path(options.model).is_dir():
-        return from_preset(options.model, **{"drop_rate": 0.0} | changes, **attention)
-    fixed = sorted(changes.keys() & {"n_layers", "n_heads", "emb_dim"})
-    if fixed:
-        raise ValueError(
-            f"--model {options.model} is a folder with weights: {', '.join(fixed)} are theirs, leave them out."
-        )
-    cfg = GPTModel.from_pretrained(options.model).cfg
-    if changes.get("context_length", 0) > cfg["context_length"]:
-        raise ValueError(
-            f"--max_length {options.max_length} is more than the {cfg['context_length']} positions of {options.model}."
-        )
-    return {**cfg, **attention, "drop_rate": changes.get("drop_rate", cfg["drop_rate"])}
-
-
-def make_model(options: Options, sizes: dict, tokenizer: Tokenizer, device: str) -> GPTModel:
-    """Fresh weights from the seed, or those of a folder."""
-    if Path(options.model).is_dir():
-        if sizes["vocab_size"] < tokenizer.vocab_size:
-            raise ValueError(
-                f"{options.model} has a vocabulary of {sizes['vocab_size']}, the tokenizer {tokenizer.name} one of "
-                f"{tokenizer.vocab_size}: choose the tokenizer that it was trained with."
-            )
-        check_vocabulary(options.model, tokenizer)
-        attention = {
-            name: sizes[name] for name in ("attn_implementation", "attn_strict", "disable_mps_fix", "drop_rate")
-        }
-        return GPTModel.from_pretrained(options.model, attention).to(device)
-    torch.manual_seed(options.seed)
-    return GPTModel({**sizes, "vocab_size": tokenizer.vocab_size}).to(device)
-
-
-def check_vocabulary(folder: str, tokenizer: Tokenizer) -> None:
-    """Raise where a model that this project trained would read other tokens than it learned; others cannot be asked."""
-    known = tokenizer_in(Path(folder))
-    if known is not None and fingerprint(known) != fingerprint(tokenizer):
-        raise ValueError(
-            f"{folder} learned the tokens of {known.name} (a vocabulary of {known.vocab_size}), and those of this text "
-            f"are others: {tokenizer.name}, {tokenizer.vocab_size}. The letters of `char` are those of the text that "
-            "it was made from: go on with the same text, or train the first model with --tokenizer bytes or gpt2."
-        )
 
 
 def facts_of(job: Job) -> dict:
@@ -331,24 +237,6 @@ def watchers(job: Job, state: TrainState) -> Watch:
     if options.profile:
         found.append(profiling.Profile(job.out / "profile", job.device))
     return Several(*found)
-
-
-@contextmanager
-def stop_signal() -> Iterator:
-    """For the time of a `with`, SIGTERM and Ctrl-C end the run after its step; a second Ctrl-C ends it at once."""
-    asked: list[str] = []
-
-    def note(number, frame):
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(SIGNALS[number])
-
-    before = {number: signal.signal(number, note) for number in SIGNALS}
-    try:
-        yield lambda: asked[0] if asked else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def prompt_ids(options: Options, samples: Samples) -> torch.Tensor:
