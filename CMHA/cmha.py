@@ -16,6 +16,7 @@ from CMHA.choosing import AttentionChoice, AttentionSettings, choose
 from CMHA.kv_cache import LayerCache
 from CMHA.masks import AttentionMask
 from CMHA.request import AttentionRequest, capability_of
+from CMHA.rotary import RotaryPositions
 from CMHA.tap import tap
 
 
@@ -35,6 +36,7 @@ class MultiHeadAttention(nn.Module):
         attn_implementation, attn_strict, disable_mps_fix, flash_query_block_size, flash_kv_block_size: see
             `AttentionSettings`.
         num_kv_heads: key and value heads, each shared by a group of query heads; None: num_heads, as in GPT-2.
+        rotary: turns queries and keys by their positions (`CMHA/rotary.py`); None: as in GPT-2, which adds them.
     Raises:
         ValueError: heads that do not divide, or an unknown implementation.
     Source: "Attention Is All You Need" (Vaswani et al., 2017), section 3.2.2; GPT-2's `c_attn` and `c_proj`.
@@ -42,16 +44,15 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(
         self, d_in: int, d_out: int, context_length: int, dropout: float, num_heads: int, qkv_bias: bool = False,
-        use_flash: bool = True, *, num_kv_heads: int | None = None, **attention_settings,
+        use_flash: bool = True, *, num_kv_heads: int | None = None, rotary: RotaryPositions | None = None,
+        **attention_settings,
     ):  # fmt: skip
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if min(num_heads, num_kv_heads) < 1 or d_out % num_heads or num_heads % num_kv_heads:
-            raise ValueError(
-                f"d_out={d_out} must be a multiple of num_heads={num_heads}, and that of num_kv_heads={num_kv_heads}."
-            )
+            raise ValueError(f"{d_out=} must be a multiple of {num_heads=}, and that of {num_kv_heads=}.")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, d_out // num_heads
-        self.context_length, self.dropout = context_length, dropout
+        self.context_length, self.dropout, self.rotary = context_length, dropout, rotary
         self.settings = AttentionSettings(use_flash=use_flash, **attention_settings)
         # Queries, keys and values in one matrix product instead of three: rows stacked in this order.
         self.widths = [d_out, num_kv_heads * self.head_dim, num_kv_heads * self.head_dim]
@@ -80,20 +81,20 @@ class MultiHeadAttention(nn.Module):
             ValueError: more tokens than context_length, or a mask that does not fit.
         """
         queries, keys, values = self.W_qkv(x).split(self.widths, dim=-1)  # each (B, T, heads * D)
-        queries = tap("queries", self.split_heads(queries, self.num_heads))
-        keys = tap("keys", self.split_heads(keys, self.num_kv_heads))
-        values = tap("values", self.split_heads(values, self.num_kv_heads))
-        if cache is not None:
-            keys, values = cache.append(keys, values)
-        lengths = (queries.shape[2], keys.shape[2])
+        queries = self.split_heads(queries, self.num_heads)
+        keys, values = self.split_heads(keys, self.num_kv_heads), self.split_heads(values, self.num_kv_heads)
+        lengths = (x.shape[1], x.shape[1] + (cache.length if cache is not None else 0))
         if lengths[1] > self.context_length:
             raise ValueError(f"{lengths[1]} tokens are more than context_length={self.context_length}: pass fewer.")
         if mask is None:
             mask = AttentionMask(*lengths, padding_mask=padding_mask, batch_size=len(x), device=x.device)
         elif (mask.query_len, mask.key_len) != lengths:
-            raise ValueError(
-                f"the mask is for {(mask.query_len, mask.key_len)} queries and keys, the call has {lengths}."
-            )
+            raise ValueError(f"the mask is for {(mask.query_len, mask.key_len)} queries and keys, not {lengths}.")
+        if self.rotary is not None:
+            queries, keys = self.rotary(queries, keys, mask)
+        queries, keys, values = tap("queries", queries), tap("keys", keys), tap("values", values)
+        if cache is not None:
+            keys, values = cache.append(keys, values)
 
         dropout = self.dropout if self.training else 0.0
         request = AttentionRequest.describe(queries, keys, mask, dropout=dropout, needs_weights=return_weights)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 
@@ -107,6 +107,27 @@ class AttentionMask:
         if name not in self._derived:
             self._derived[name] = make()
         return self._derived[name]
+
+    def positions(self) -> Int[Tensor, "batch_or_1 query_len"]:
+        """Each query's place in its own text, counted over real tokens: padding and earlier documents shift nothing.
+
+        With a cache (more keys than queries) they go on where it ends.
+
+        Raises:
+            ValueError: more queries than keys, so that the first of them stand nowhere.
+        """
+        if self.query_len > self.key_len:
+            raise ValueError(
+                f"{self.query_len} queries have no positions among {self.key_len} keys: the first stand before them."
+            )
+        before = torch.arange(self.key_len, device=self.device)[None]  # tokens before each token
+        if self.padding_mask is not None:
+            before = self.padding_mask.cumsum(dim=-1) - self.padding_mask.long()  # real ones
+        if self.documents is not None:  # less those before its text, whose number stands there first
+            documents = self.documents.contiguous()  # a slice of a longer tensor would make torch warn
+            start = torch.searchsorted(documents, documents)
+            before = before - before.expand_as(start).gather(1, start)
+        return before[:, self.key_len - self.query_len :]
 
     def tile(
         self, query_start: int, query_end: int, key_start: int, key_end: int

@@ -19,16 +19,19 @@ class Key:
     """One key of the cfg dict.
 
     Attributes:
-        kind: what it holds: "count" (int >= 1), "rate" (0 <= float < 1), "bool", "name" (of an implementation).
+        kind: what it holds: "count" (int >= 1), "rate" (0 <= float < 1), "bool", "name" (of an implementation),
+            "choice".
         default: what a missing key means; REQUIRED where there is none.
         meaning: one line for the README.
         optional: None is allowed too, and means what `meaning` says.
+        choices: what a "choice" may hold.
     """
 
     kind: str
     default: Any
     meaning: str
     optional: bool = False
+    choices: tuple[str, ...] = ()
 
 
 KEYS: dict[str, Key] = {
@@ -43,8 +46,20 @@ KEYS: dict[str, Key] = {
     "qkv_bias": Key("bool", True, "bias in the query, key and value projections"),
     "tie_weights": Key("bool", True, "the head uses the token embedding's weights"),
     "init_std": Key("rate", 0.02, "standard deviation of fresh weights; narrow models need more, 0.05 at width 128"),
-    "ff_dim": Key("count", None, "width inside the feed-forward layer; None: 4 * emb_dim", optional=True),
+    "ff_dim": Key(
+        "count", None, "width inside the feed-forward layer; None: 4 * emb_dim, for swiglu 2/3 of that", optional=True
+    ),
     "n_kv_heads": Key("count", None, "key-value heads, each shared by a group of heads; None: n_heads", optional=True),
+    "norm": Key(
+        "choice", "layernorm", "what normalises: layernorm (GPT-2) or rmsnorm", choices=("layernorm", "rmsnorm")
+    ),
+    "mlp": Key("choice", "gelu", "the feed-forward layer: gelu (GPT-2) or swiglu", choices=("gelu", "swiglu")),
+    "positions": Key(
+        "choice",
+        "learned",
+        "learned (GPT-2: a vector is added to the embedding) or rope (queries and keys are turned)",
+        choices=("learned", "rope"),
+    ),
     "use_flash": Key("bool", True, "False: the manual path (eager), always and on every device"),
     "attn_implementation": Key("name", "auto", "what use_flash=True means: a name or alias; None: auto", optional=True),
     "attn_strict": Key("bool", False, "raise, instead of falling back, when the named implementation cannot serve"),
@@ -76,6 +91,9 @@ SYNONYMS = {
     "num_kv_heads": "n_kv_heads", "num_key_value_heads": "n_kv_heads", "n_kv_groups": "n_kv_heads",
     "flash": "use_flash", "implementation": "attn_implementation", "_attn_implementation": "attn_implementation",
     "strict": "attn_strict", "initializer_range": "init_std",
+    "norm_type": "norm", "normalization": "norm",
+    "activation": "mlp", "activation_function": "mlp", "hidden_act": "mlp",
+    "position_embedding_type": "positions", "rope": "positions", "rotary": "positions",
 }  # fmt: skip
 
 GPT2 = {"vocab_size": 50257, "context_length": 1024, "drop_rate": 0.1, "qkv_bias": True, "tie_weights": True}
@@ -185,6 +203,9 @@ def wrong_value(name: str, key: Key, value: Any) -> str | None:
         return f"{name!r} must be a number from 0 to below 1, got {value!r}."
     if key.kind == "bool" and not isinstance(value, bool):
         return f"{name!r} must be True or False, got {value!r}."
+    if key.kind == "choice" and value not in key.choices:
+        expected = " or ".join(map(repr, key.choices))
+        return f"{name!r} must be {expected}, got {value!r}.{did_you_mean(value, key.choices)}"
     if key.kind == "name":
         try:
             canonical_name(value)
@@ -196,7 +217,8 @@ def wrong_value(name: str, key: Key, value: Any) -> str | None:
 def contradictions(cfg: dict) -> list[str]:
     """Values that are right one by one and wrong together."""
     problems = []
-    valid = {name for name in ("emb_dim", "n_heads", "n_kv_heads") if isinstance(cfg[name], int) and cfg[name] >= 1}
+    sizes = ("emb_dim", "n_heads", "n_kv_heads")
+    valid = {name for name in sizes if cfg[name] is not None and not wrong_value(name, KEYS[name], cfg[name])}
     if {"emb_dim", "n_heads"} <= valid and cfg["emb_dim"] % cfg["n_heads"]:
         nearest = next(n for n in range(min(cfg["n_heads"], cfg["emb_dim"]), 0, -1) if cfg["emb_dim"] % n == 0)
         problems.append(
@@ -204,6 +226,11 @@ def contradictions(cfg: dict) -> list[str]:
         )
     if {"n_heads", "n_kv_heads"} <= valid and cfg["n_heads"] % cfg["n_kv_heads"]:
         problems.append(f"'n_kv_heads' must divide 'n_heads': {cfg['n_heads']} / {cfg['n_kv_heads']} is not whole.")
+    head_dim = cfg["emb_dim"] / cfg["n_heads"] if {"emb_dim", "n_heads"} <= valid else 0
+    if cfg["positions"] == "rope" and head_dim % 2 == 1:  # one that is not whole was named above
+        problems.append(
+            f"'positions': 'rope' turns pairs of numbers, so emb_dim / n_heads must be even, got {head_dim:.0f}."
+        )
     return problems
 
 

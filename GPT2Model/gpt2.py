@@ -15,7 +15,7 @@ from CMHA.choosing import announce, attention_report
 from CMHA.kv_cache import KVCache
 from CMHA.masks import AttentionMask, check_padding_mask
 from GPT2Model.config import attention_cfg, complete
-from TransformerBlock.layers import LayerNorm
+from TransformerBlock import variants
 from TransformerBlock.transformer_block import TransformerBlock
 
 
@@ -33,10 +33,10 @@ class GPTModel(nn.Module):
         super().__init__()
         self.cfg = cfg = complete(cfg)
         self.token_embedding = nn.Embedding(cfg["vocab_size"], cfg["emb_dim"])
-        self.position_embedding = nn.Embedding(cfg["context_length"], cfg["emb_dim"])
+        self.position_embedding = variants.position_embedding(cfg)
         self.dropout = nn.Dropout(cfg["drop_rate"])
         self.blocks = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg["n_layers"]))
-        self.final_norm = LayerNorm(cfg["emb_dim"])
+        self.final_norm = variants.norm(cfg)
         self.head = nn.Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)
         self.initialise()
         if cfg["tie_weights"]:
@@ -61,8 +61,7 @@ class GPTModel(nn.Module):
         self.check_input(ids, padding_mask, past)
         rules = {"padding_mask": padding_mask, "documents": documents, "batch_size": len(ids), "device": ids.device}
         mask = AttentionMask(ids.shape[1], past + ids.shape[1], **rules)
-        places = positions(ids, padding_mask, past, documents)
-        x = self.dropout(self.token_embedding(ids) + self.position_embedding(places))
+        x = self.dropout(self.token_embedding(ids) + self.position_embedding(mask.positions()))
         for i, block in enumerate(self.blocks):
             x = block(x, mask=mask, cache=cache.layers[i] if cache is not None else None)
         return self.head(self.final_norm(x))
@@ -137,12 +136,3 @@ class GPTModel(nn.Module):
         from GPT2Model.pretrained import save
 
         save(self, folder)
-
-
-def positions(ids: Tensor, padding_mask: Tensor | None, past: int, documents: Tensor | None = None) -> Tensor:
-    """Each token's position, (B or 1, T): counted over real tokens, so that padding on the left shifts nothing."""
-    places = torch.arange(past + ids.shape[1], device=ids.device)[None]
-    counted = places if padding_mask is None else (padding_mask.cumsum(dim=-1) - 1).clamp(min=0)
-    if documents is not None:
-        counted = places - torch.searchsorted(documents, documents)  # from where the number of its text stands first
-    return counted[:, past:]

@@ -2,7 +2,8 @@
 
 The stream x (B, T, emb_dim) runs through the model unchanged but for what blocks add to it. GPT-2 normalises what
 a block *reads* (pre-norm), never the stream itself, so the gradient has a straight way back to the embeddings.
-LayerNorm, GELU and FeedForward are in `TransformerBlock/layers.py`. Next: `GPT2Model/gpt2.py`.
+LayerNorm, GELU and FeedForward are in `TransformerBlock/layers.py`; `TransformerBlock/variants.py` hands them out,
+or what later models have in their place if the cfg says so. Next: `GPT2Model/gpt2.py`.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from CMHA.cmha import MultiHeadAttention
 from CMHA.kv_cache import LayerCache
 from CMHA.masks import AttentionMask
 from CMHA.tap import tap
-from TransformerBlock.layers import FeedForward, LayerNorm
+from TransformerBlock import variants
 
 
 class TransformerBlock(nn.Module):
@@ -38,11 +39,11 @@ class TransformerBlock(nn.Module):
             num_heads=cfg["n_heads"],
             qkv_bias=cfg.get("qkv_bias", True),
             num_kv_heads=cfg.get("n_kv_heads"),
+            rotary=variants.rotary(cfg),  # None: positions are added to the embeddings
             **vars(AttentionSettings.from_cfg(cfg)),  # use_flash, attn_implementation, ...
         )
-        self.feed_forward = FeedForward(cfg)
-        self.norm_1 = LayerNorm(cfg["emb_dim"])
-        self.norm_2 = LayerNorm(cfg["emb_dim"])
+        self.feed_forward = variants.feed_forward(cfg)
+        self.norm_1, self.norm_2 = variants.norm(cfg), variants.norm(cfg)
         self.dropout = nn.Dropout(cfg.get("drop_rate", 0.1))
 
     def forward(

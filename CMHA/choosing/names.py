@@ -22,12 +22,6 @@ class NotBuilt(NamedTuple):
 # Names for which this version has no file in implementations/: each says no to every request, with a reason, so that
 # a setting copied from elsewhere still runs. A file in the registry takes the name over.
 NOT_BUILT = {
-    "flash_triton": NotBuilt(
-        (),
-        "flash attention as our own GPU kernels",
-        "our own GPU kernels are not written yet",
-        "use flash_tiled for the same algorithm in PyTorch, or sdpa for speed",
-    ),
     "paged_attention": NotBuilt(
         ("paged",),
         "attention over the pages of a paged cache, for generation",

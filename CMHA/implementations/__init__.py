@@ -18,6 +18,7 @@ NAMES = (
     "eager",
     "sdpa",
     "flash_tiled",
+    "flash_triton",
     "flash_attention_2",
     "flash_attention_3",
     "flex_attention",

@@ -57,9 +57,7 @@ def attention(
     batch, heads, query_len, head_dim = queries.shape
     grouped = queries.reshape(batch, keys.shape[1], heads // keys.shape[1], query_len, head_dim)
     seed = draw_seed() if dropout > 0 else 0
-    if torch.is_autocast_enabled(queries.device.type):  # as torch's own op: inputs in the dtype of autocast
-        dtype = torch.get_autocast_dtype(queries.device.type)
-        grouped, keys, values = grouped.to(dtype), keys.to(dtype), values.to(dtype)
+    grouped, keys, values = cast_by_autocast(grouped, keys, values)
     blocks = (query_block_size or BLOCK_SIZE, kv_block_size or BLOCK_SIZE)
     with torch.autocast(queries.device.type, enabled=False):  # the tiles are summed in fp32, whatever surrounds them
         context = TiledAttention.apply(
@@ -142,6 +140,14 @@ class TiledAttention(torch.autograd.Function):
 
         grads = (grad_queries.to(queries.dtype), grad_keys.to(keys.dtype), grad_values.to(values.dtype))
         return *grads, None, None, None, None, None
+
+
+def cast_by_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As torch's own op: inputs in the dtype of autocast, where it is on."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
 def spans(start: int, end: int, block: int) -> list[slice]:

@@ -1,0 +1,294 @@
+"""Flash attention as our own GPU kernels: what stands around them. The kernels are in flash_triton_kernels.py.
+
+flash_tiled.py is the same algorithm to be stepped through; docs/from_tile_to_kernel.md puts the two side by side. Here:
+when the kernels can serve, how a mask is told to them, how many programs are started, and how torch sees them, as two
+custom ops (forward and backward) that autograd and torch.compile take as a whole.
+
+Without a GPU they run in Triton's interpreter, on the CPU, some thousand times slower than they would: for reading and
+for tests. Set TRITON_INTERPRET=1 before anything imports triton.
+"""
+
+import math
+import os
+from contextlib import nullcontext
+from functools import cache
+
+import torch
+from jaxtyping import Float, Int32
+from torch import Tensor
+
+from CMHA.implementations.flash_tiled import cast_by_autocast
+from CMHA.packages import PACKAGES, find
+from CMHA.request import AttentionRequest, Reason
+
+SUMMARY = "flash attention as our own GPU kernels, in Triton; on a CPU in Triton's interpreter, for tests"
+ALIASES = ("triton",)
+OPTIONS = ("query_block_size", "kv_block_size")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 128
+DEFAULT_BLOCK = 64  # queries and keys in a tile where nothing is there to be tuned for
+# What is tried on a GPU: queries and keys in a tile, warps, stages of the pipeline of loads. Larger tiles read less,
+# smaller ones leave room for wide heads and float32.
+TILES = ((128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 4, 3), (64, 128, 8, 3), (64, 64, 4, 3), (64, 32, 4, 3),
+         (32, 64, 4, 3), (32, 32, 4, 2))  # fmt: skip
+LOG2_E = math.log2(math.e)
+
+
+def check(request: AttentionRequest) -> list[Reason]:
+    """Why the kernels cannot serve the request; empty when they can."""
+    dtype = str(request.dtype).removeprefix("torch.")
+    old = request.capability is not None and request.capability < (8, 0)
+    against = [
+        (request.needs_weights, "weights_wanted", "it never forms the attention weights", "ask eager for them"),
+        (request.dtype not in DTYPES, "dtype", f"its kernels take float32, bfloat16 and float16, not {dtype}",
+         "convert the model, or use flash_tiled"),
+        (request.head_dim > MAX_HEAD_DIM, "head_dim",
+         f"its tiles hold heads of a width up to {MAX_HEAD_DIM}, not {request.head_dim}", "use sdpa, or more heads"),
+        (request.paged, "paged", "it does not read a paged cache here", "use paged_attention, or a plain KV cache"),
+        (0 in (request.query_len, request.key_len), "empty", "it takes no call without queries or keys", "use sdpa"),
+        (old, "capability", f"it needs compute capability 8.0 (Ampere), this device has {request.capability}",
+         "use sdpa"),
+    ]  # fmt: skip
+    reasons = [Reason(code, message, remedy) for holds, code, message, remedy in against if holds]
+    return reasons + reasons_of_device(request.device)
+
+
+@torch.compiler.assume_constant_result  # torch.compile takes the answer instead of reading how it is found
+def reasons_of_device(device: str) -> list[Reason]:
+    """What the device, or what is installed here, has against it."""
+    if device not in ("cuda", "cpu"):
+        return [Reason("cuda_only", f"it runs on CUDA, not on {device}", "leave it at auto here")]
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        remedy = "use flash_tiled, the same algorithm in PyTorch; or, to try the kernels, set TRITON_INTERPRET=1"
+        return [Reason("cuda_only", "it runs on CUDA; on a CPU in Triton's interpreter only", remedy)]
+    if not find("triton").available:
+        error = find("triton").error
+        message = f"triton does not import ({error})" if error else "triton is not installed"
+        return [Reason("import_failed" if error else "not_installed", message, PACKAGES["triton"].install)]
+    if device == "cpu" and not interpreted():
+        remedy = "set TRITON_INTERPRET=1 before Python starts, or at least before torch.compile and triton are imported"
+        return [Reason("import_failed", "triton was imported before TRITON_INTERPRET=1 was set", remedy)]
+    if device == "cuda" and interpreted():
+        remedy = "unset TRITON_INTERPRET, and start Python again"
+        return [Reason("import_failed", "triton runs its interpreter here, since TRITON_INTERPRET=1 is set", remedy)]
+    return []
+
+
+def interpreted() -> bool:
+    """Whether triton was imported as an interpreter: it decides once, by the environment that it finds then."""
+    triton = find("triton").module
+    return triton is not None and not isinstance(triton.language.max, triton.runtime.JITFunction)
+
+
+def attention(
+    queries: Float[Tensor, "batch heads query_len head_dim"],
+    keys: Float[Tensor, "batch kv_heads key_len head_dim"],
+    values: Float[Tensor, "batch kv_heads key_len head_dim"],
+    mask,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    query_block_size: int | None = None,
+    kv_block_size: int | None = None,
+) -> tuple[Float[Tensor, "batch heads query_len head_dim"], None]:
+    """Attention by our kernels. The contract of the registry; the weights are None.
+
+    Args:
+        query_block_size, kv_block_size: queries and keys in a tile, powers of two, 16 or more. None: measured once for
+            each kind of call on this GPU and kept on disk. They change the last digits, and nothing else.
+    Raises:
+        ValueError: a block size that is no such power of two.
+    """
+    for size in (query_block_size, kv_block_size):
+        if size is not None and (size < 16 or size & (size - 1)):
+            raise ValueError(
+                f"flash_triton's tiles hold 16, 32, 64, 128, ... queries and keys, got a block size of {size}."
+            )
+    queries, keys, values = (row_major(tensor) for tensor in cast_by_autocast(queries, keys, values))
+    query_texts, key_texts = mask.once("texts", lambda: texts_of(mask))
+    # On the device and as a tensor: a number would make the GPU wait, and torch.compile break its graph.
+    seed = torch.randint(2**62, (1,), device=queries.device) if dropout > 0 else None
+    blocks = (query_block_size or 0, kv_block_size or 0)
+    context, _ = forward(
+        queries, keys, values, query_texts, key_texts, seed, mask.causal, mask.window or 0, scale, dropout, *blocks
+    )
+    return context, None
+
+
+def row_major(tensor: Tensor) -> Tensor:
+    """The numbers of one head of one token side by side, which is all that the kernels ask of a layout."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def texts_of(mask) -> tuple[Int32[Tensor, "batch query_len"] | None, Int32[Tensor, "batch key_len"] | None]:
+    """Padding and documents in one: a query sees the keys of its own text, named by where it starts; -1 is padding."""
+    if mask.padding_mask is None and mask.documents is None:
+        return None, None
+    if mask.documents is None:
+        texts = torch.zeros_like(mask.padding_mask, dtype=torch.int32)
+        query_texts = texts[:, :1].expand(-1, mask.query_len).contiguous()
+    else:
+        texts = torch.searchsorted(mask.documents, mask.documents, out_int32=True)
+        query_texts = texts[:, mask.offset :].contiguous()
+    key_texts = texts if mask.padding_mask is None else texts.masked_fill(~mask.padding_mask, -1)
+    return query_texts, key_texts
+
+
+@torch.library.custom_op("gpt2_from_scratch::flash_attention", mutates_args=())
+def forward(
+    queries: Tensor, keys: Tensor, values: Tensor, query_texts: Tensor | None, key_texts: Tensor | None,
+    seed: Tensor | None, causal: bool, window: int, scale: float, dropout: float,
+    query_block_size: int, kv_block_size: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(context, log_sum_exp): one program for each tile of queries, of each head, of each sequence."""
+    context, log_sum_exp = empty_results(queries)
+    batch, heads, query_len, _ = queries.shape
+    launch(
+        "forward", lambda block: -(-query_len // block["BLOCK_Q"]) * batch * heads,
+        (queries, keys, values, query_texts, key_texts, seed, context, log_sum_exp),
+        strides(queries, keys, values, context),
+        numbers(queries, keys, window, scale, dropout), kinds(queries, causal, window, key_texts, dropout),
+        (query_block_size, kv_block_size),
+    )  # fmt: skip
+    return context, log_sum_exp
+
+
+@torch.library.custom_op("gpt2_from_scratch::flash_attention_backward", mutates_args=())
+def backward(
+    queries: Tensor, keys: Tensor, values: Tensor, query_texts: Tensor | None, key_texts: Tensor | None,
+    seed: Tensor | None, context: Tensor, log_sum_exp: Tensor, grad_context: Tensor,
+    causal: bool, window: int, scale: float, dropout: float, query_block_size: int, kv_block_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(grad_queries, grad_keys, grad_values), each number summed by one program: the same bits every time."""
+    grad_context, delta = row_major(grad_context), torch.empty_like(log_sum_exp)
+    grad_queries, grad_keys, grad_values = (by_token(tensor) for tensor in (queries, keys, values))
+    batch, heads, query_len, _ = queries.shape
+    kv_heads, key_len = keys.shape[1:3]
+    kind = kinds(queries, causal, window, key_texts, dropout)
+    tensors = (queries, keys, values, query_texts, key_texts, seed, grad_context, log_sum_exp, delta)
+    given = numbers(queries, keys, window, scale, dropout, grad_scale=scale)
+    blocks = (query_block_size, kv_block_size)
+
+    def tiles_of_queries(block):
+        return -(-query_len // block["BLOCK_Q"]) * batch * heads
+
+    launch(
+        "backward_delta", tiles_of_queries, (context, grad_context, delta), strides(context, grad_context),
+        {"heads": heads, "query_len": query_len}, {"HEAD_DIM": kind["HEAD_DIM"], "WIDTH": kind["WIDTH"]}, blocks,
+    )  # fmt: skip
+    launch(
+        "backward_dkdv", lambda block: -(-key_len // block["BLOCK_K"]) * batch * kv_heads,
+        (*tensors, grad_keys, grad_values), strides(queries, keys, values, grad_context, grad_keys, grad_values),
+        given, kind, blocks,
+    )  # fmt: skip
+    launch(
+        "backward_dq", tiles_of_queries, (*tensors, grad_queries),
+        strides(queries, keys, values, grad_context, grad_queries), given, kind, blocks,
+    )  # fmt: skip
+    return grad_queries, grad_keys, grad_values
+
+
+def remember(ctx, inputs, output) -> None:
+    """Kept for backward: the inputs, the output, and one number for each row."""
+    ctx.save_for_backward(*inputs[:6], *output)
+    ctx.call = inputs[6:]
+
+
+def gradient(ctx, grad_context, _):
+    """What autograd asks for; only queries, keys and values have a gradient."""
+    return *backward(*ctx.saved_tensors, grad_context, *ctx.call), *(None,) * (3 + len(ctx.call))
+
+
+forward.register_autograd(gradient, setup_context=remember)
+
+
+@forward.register_fake
+def _(queries, *others):
+    return empty_results(queries)
+
+
+@backward.register_fake
+def _(queries, keys, values, *others):
+    return by_token(queries), by_token(keys), by_token(values)
+
+
+def empty_results(queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the context and for log_sum_exp, (B, H, query_len) float32."""
+    return by_token(queries), queries.new_empty(queries.shape[:-1], dtype=torch.float32)
+
+
+def by_token(tensor: Tensor) -> Tensor:
+    """An empty (B, H, T, D) whose memory is (B, T, H, D): merging or splitting the heads then copies nothing."""
+    batch, heads, tokens, head_dim = tensor.shape
+    return tensor.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """From one sequence, head and token to the next, in numbers."""
+    return [step for tensor in tensors for step in tensor.stride()[:3]]
+
+
+def numbers(queries: Tensor, keys: Tensor, window: int, scale: float, dropout: float, **more: float) -> dict:
+    """What may change from call to call without another kernel."""
+    return {
+        "heads": queries.shape[1],
+        "group": queries.shape[1] // keys.shape[1],
+        "query_len": queries.shape[2],
+        "key_len": keys.shape[2],
+        "window": window,
+        "scale": scale * LOG2_E,
+        **more,
+        "threshold": int(dropout * 2**31),
+        "keep_scale": 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0,
+    }
+
+
+def kinds(queries: Tensor, causal: bool, window: int, key_texts: Tensor | None, dropout: float) -> dict:
+    """What a kernel is compiled for."""
+    head_dim = queries.shape[-1]
+    return {
+        "HEAD_DIM": head_dim,
+        "WIDTH": max(16, 1 << (head_dim - 1).bit_length()),
+        "CAUSAL": causal,
+        "WINDOW": window > 0,
+        "TEXTS": key_texts is not None,
+        "DROPOUT": dropout > 0,
+        # The interpreter's tl.dot is wrong for bf16 (triton issue 11584): there tiles are float32 from the start.
+        "WIDEN": interpreted() and queries.dtype == torch.bfloat16,
+    }
+
+
+def launch(name: str, programs, tensors: tuple, steps: list[int], given: dict, kind: dict, blocks: tuple) -> None:
+    """Start one kernel, with the tiles that were asked for, or else with the fastest that were found."""
+    from CMHA.implementations import flash_triton_kernels as kernels  # triton is asked for here, not at import
+
+    sizes = {"BLOCK_Q": blocks[0], "BLOCK_K": blocks[1]}
+    if name == "backward_delta":  # one pass over the rows: nothing to be tuned
+        sizes = {"BLOCK_Q": DEFAULT_BLOCK}
+    elif interpreted():
+        sizes = {key: size or DEFAULT_BLOCK for key, size in sizes.items()}
+    kernel = getattr(kernels, name)
+    if 0 in sizes.values():
+        kernel, sizes = tuned(name, *blocks), {}  # its own sizes come with it
+    device = tensors[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[lambda block: (programs(block),)](*tensors, *steps, **given, **kind, **sizes)
+
+
+@cache
+def tuned(name: str, query_block_size: int, kv_block_size: int):
+    """The kernel with the fastest tiles for each kind of call (head_dim, dtype, mask, dropout), measured at its first.
+
+    The result is kept on disk: other tiles are other roundings, and a run that is resumed must take the same.
+    """
+    import triton
+
+    from CMHA.implementations import flash_triton_kernels as kernels
+
+    sizes = {(query_block_size or q, kv_block_size or k, warps, stages) for q, k, warps, stages in TILES}
+    configs = [
+        triton.Config({"BLOCK_Q": q, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
+        for q, k, warps, stages in sorted(sizes)
+    ]
+    kind = ["HEAD_DIM", "CAUSAL", "WINDOW", "TEXTS", "DROPOUT", "group"]
+    return triton.autotune(configs, key=kind, cache_results=True)(getattr(kernels, name))
