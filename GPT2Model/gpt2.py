@@ -73,8 +73,10 @@ class GPTModel(nn.Module):
         tokens, limit = past + ids.shape[1], self.cfg["context_length"]
         if tokens > limit:
             raise ValueError(f"{tokens} tokens are more than context_length={limit}: pass the last {limit} at most.")
-        if ids.device.type != "cuda" and ids.numel() and not 0 <= ids.min() <= ids.max() < self.cfg["vocab_size"]:
-            raise ValueError(  # on CUDA the look would wait for all work so far, and torch itself asserts there
+        # On CUDA the look would wait for all work so far, in torch.compile break the graph: there torch itself asserts.
+        look = ids.device.type != "cuda" and ids.numel() and not torch.compiler.is_compiling()
+        if look and not 0 <= ids.min() <= ids.max() < self.cfg["vocab_size"]:
+            raise ValueError(
                 f"token ids must be in 0..{self.cfg['vocab_size'] - 1}, got {ids.min()}..{ids.max()}: wrong tokenizer?"
             )
         if padding_mask is not None:

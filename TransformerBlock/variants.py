@@ -1,7 +1,7 @@
 """The parts of a block that models after GPT-2 changed: RMSNorm, SwiGLU, rotary positions; and who hands them out.
 
 `norm`, `feed_forward`, `position_embedding` and `rotary` give what the cfg asks for: GPT-2's own part, unless it says
-otherwise. docs/VARIANTS.md has what each changes, why, and what it costs.
+otherwise. docs/variants/ has what each changes, why, and what it costs.
 """
 
 from collections.abc import Mapping

@@ -23,6 +23,12 @@ ATTENTION = ("tests/CMHA/test_cmha.py", "tests/CMHA/implementations/test_parity.
 MASKS = ("tests/CMHA/test_masks.py", "tests/orchestrator/evaluation/test_grading.py")
 CHOOSING = ("tests/CMHA/choosing",)
 PACKAGES = ("tests/CMHA/implementations/test_flash_attention_packages.py",)
+VARIANTS = (
+    "tests/CMHA/test_rotary.py",
+    "tests/CMHA/test_masks.py",
+    "tests/TransformerBlock",
+    "tests/GPT2Model/test_variants.py",
+)
 MODEL = ("tests/TransformerBlock", "tests/GPT2Model/test_gpt2.py", "tests/GPT2Model/test_against_hugging_face.py")
 
 
@@ -182,6 +188,37 @@ MISTAKES += [
         "NaN taken for equal", "GPT2Model/trace_diff.py", 'apart.masked_fill(apart.isnan(), float("inf"))',
         "apart.masked_fill(apart.isnan(), 0.0)", TRACING,
     ),
+]  # fmt: skip
+
+MISTAKES += [
+    Mistake(
+        "rotary: neighbours as pairs",
+        "CMHA/rotary.py",
+        "first, second = x.to(cos.dtype).chunk(2, dim=-1)",
+        "first, second = x.to(cos.dtype)[..., ::2], x.to(cos.dtype)[..., 1::2]",
+        VARIANTS,
+    ),
+    Mistake("rotary: keys not turned", "CMHA/rotary.py", "return turn(queries, cos, sin), turn(keys, cos, sin)",
+            "return turn(queries, cos, sin), keys", VARIANTS),
+    Mistake("rotary: angles in float32", "CMHA/rotary.py", 'if positions.device.type == "mps" else', "if True else",
+            VARIANTS),
+    Mistake("rotary: computed in bfloat16", "CMHA/rotary.py", "torch.promote_types(queries.dtype, torch.float32)",
+            "queries.dtype", VARIANTS),
+    Mistake("rotary: values turned", "CMHA/cmha.py", "queries, keys = self.rotary(queries, keys, mask)",
+            "queries, keys = self.rotary(queries, keys, mask); values = self.rotary(queries, values, mask)[1]", VARIANTS),
+    Mistake("positions: padding counted", "CMHA/masks.py",
+            "        if self.padding_mask is not None:\n            before =", "        if False:\n            before =", VARIANTS),
+    Mistake("positions: documents go on", "CMHA/masks.py", "        if self.documents is not None:  # less",
+            "        if False:  # less", VARIANTS),
+    Mistake("rms: the mean taken off", "TransformerBlock/variants.py",
+            "F.rms_norm(x, self.weight.shape, self.weight, self.EPS)",
+            "F.layer_norm(x, self.weight.shape, self.weight, None, self.EPS)", VARIANTS),
+    Mistake("rms: another epsilon", "TransformerBlock/variants.py", "EPS = 1e-5", "EPS = 1e-6", VARIANTS),
+    Mistake("swiglu: gate and up swapped", "TransformerBlock/variants.py",
+            "F.silu(self.gate_proj(x)) * self.up_proj(x)", "self.gate_proj(x) * F.silu(self.up_proj(x))", VARIANTS),
+    Mistake("groups taken in turn", "CMHA/implementations/eager.py",
+            "keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)",
+            "keys.repeat(1, group, 1, 1), values.repeat(1, group, 1, 1)", VARIANTS),
 ]  # fmt: skip
 
 

@@ -17,7 +17,8 @@ from typing import Any
 from CMHA import cmha
 from CMHA.choosing.names import did_you_mean
 from CMHA.cmha import MultiHeadAttention
-from GPT2Model import generation, gpt2
+from CMHA.masks import AttentionMask
+from GPT2Model import generation
 from GPT2Model.gpt2 import GPTModel
 from orchestrator.learning import wrong_code
 from orchestrator.training import loop
@@ -226,7 +227,7 @@ _ALL = (
         "positions_restart_with_cache", "with a KV cache each new token is given position 0",
         "positions = arange(ids.shape[1])", "positions = arange(cached, cached + ids.shape[1])",
         "without a cache nothing was cached, and the two are the same", "generation",
-        (Patch(gpt2, "positions", wrong_code.positions_restart),), in_training=False,
+        (Patch(AttentionMask, "positions", wrong_code.positions_restart),), in_training=False,
     ),
     Mistake(
         "logits_from_first_position", "the next token is taken from the first position's logits instead of the last's",

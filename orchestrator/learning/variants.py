@@ -61,8 +61,15 @@ def without_positions(model: GPTModel) -> GPTModel:
 
     Source: "Transformer Language Models without Positional Encodings Still Learn Positional Information" (Haviv et
     al., 2022).
+    Raises:
+        ValueError: a model with rotary positions, which has no table.
     """
     check(model)
+    if model.cfg["positions"] != "learned":
+        raise ValueError(
+            "this model has no table of positions to set to zero, it turns queries and keys: "
+            'build one with positions="learned".'
+        )
     model.position_embedding.weight.requires_grad_(False).zero_()
     return marked(model, "without_positions")
 

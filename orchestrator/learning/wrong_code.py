@@ -194,10 +194,23 @@ def output_of(module, change: Callable):
 
 def positions_forgotten(forward):
     def wrong_forward(self, *args, **kwargs):
-        with output_of(self.position_embedding, lambda module, inputs, output: torch.zeros_like(output)):
+        with unturned(self), output_of(self.position_embedding, lambda module, inputs, output: output * 0):
             return forward(self, *args, **kwargs)
 
     return wrong_forward
+
+
+@contextmanager
+def unturned(model):
+    """For the time of a `with`, rotary positions turn nothing; a model with a table of positions has none."""
+    before = [(block.attention, block.attention.rotary) for block in model.blocks]
+    for attention, _ in before:
+        attention.rotary = None
+    try:
+        yield
+    finally:
+        for attention, rotary in before:
+            attention.rotary = rotary
 
 
 def untied_when_built(init):
@@ -243,8 +256,10 @@ def dropout_left_on(forward):
 
 
 def positions_restart(positions):
-    def wrong_positions(ids, padding_mask, past, documents=None):
-        return positions(ids, None if padding_mask is None else padding_mask[:, past:], 0)
+    def wrong_positions(self):
+        rules = {"padding_mask": self.padding_mask, "documents": self.documents}
+        of_new = {name: rule[:, self.key_len - self.query_len :] for name, rule in rules.items() if rule is not None}
+        return positions(AttentionMask(self.query_len, self.query_len, device=self.device, **of_new))
 
     return wrong_positions
 

@@ -311,7 +311,7 @@ def test_a_padding_mask_that_does_not_fit_is_refused_before_it_reaches_the_formu
 
 def test_a_ready_mask_must_be_for_this_call():
     module = layer(tokens=6)
-    with pytest.raises(ValueError, match=r"mask is for \(4, 4\).*the call has \(5, 5\)"):
+    with pytest.raises(ValueError, match=r"mask is for \(4, 4\).*not \(5, 5\)"):
         module(numbers(1, 5, 10), mask=AttentionMask(4, 4))
     with pytest.raises(ValueError, match=r"7 tokens.*context_length=6"):
         module(numbers(1, 7, 10), mask=AttentionMask(7, 7))

@@ -1,5 +1,7 @@
 """Who may attend to whom: True means "may", and the last query stands at the last key."""
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given
@@ -109,6 +111,47 @@ def test_the_rules_are_named_in_the_kind_in_one_order():
     assert mask.kind == "causal+padding+documents+window"
     assert list(mask.rules()) == ["padding", "causal", "documents", "window"]
     assert AttentionMask(5, 5, causal=False).rules() == {}
+
+
+@given(masks())
+def test_a_position_is_the_number_of_real_tokens_of_the_same_text_before(mask):
+    if mask.query_len > mask.key_len:
+        with pytest.raises(ValueError, match=f"{mask.query_len} queries have no positions among {mask.key_len} keys"):
+            mask.positions()
+        return
+    found = mask.positions()
+    rows = max([1, *(len(given) for given in (mask.padding_mask, mask.documents) if given is not None)])
+    assert found.shape == (rows, mask.query_len)
+    assert found.dtype == torch.int64
+    for b in range(rows):
+        for i in range(mask.query_len):
+            at = i + mask.key_len - mask.query_len
+            before = [
+                key for key in range(at)
+                if (mask.padding_mask is None or mask.padding_mask[b, key])
+                and (mask.documents is None or mask.documents[b, key] == mask.documents[b, at])
+            ]  # fmt: skip
+            assert found[b, i] == len(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
+def test_positions_come_from_documents_of_any_integer_and_from_a_slice_without_a_warning(dtype):
+    longer = torch.tensor([[0, 0, 1, 1, 1, 7, 7], [3, 3, 3, 3, 4, 4, 4]], dtype=dtype)
+    torch.set_warn_always(True)  # else torch gives a warning once in a process, and the first may have been elsewhere
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = AttentionMask(5, 5, documents=longer[:, :5]).positions()
+    finally:
+        torch.set_warn_always(False)
+    assert found.tolist() == [[0, 1, 0, 1, 2], [0, 1, 2, 3, 0]]
+
+
+def test_a_text_packed_with_padding_inside_counts_only_what_is_real():
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
+    real = torch.tensor([[False, True, True, False, False, True, True]])
+    assert AttentionMask(7, 7, documents=documents, padding_mask=real).positions().tolist() == [[0, 0, 1, 0, 0, 0, 1]]
+    assert AttentionMask(2, 7, documents=documents, padding_mask=real).positions().tolist() == [[0, 1]]
 
 
 def test_packed_documents_see_themselves_only_as_if_each_stood_alone():

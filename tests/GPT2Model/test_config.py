@@ -131,6 +131,17 @@ def test_all_problems_are_reported_at_once():
         ({"attn_implementation": ""}, "unknown attn_implementation ''"),
         ({"attn_strict": None}, "'attn_strict'"),
         ({"flash_query_block_size": -1}, "'flash_query_block_size'"),
+        ({"n_kv_heads": 0}, "'n_kv_heads' must be a whole number, 1 or more (or None)"),
+        ({"norm": "rmsnrom"}, "'norm' must be 'layernorm' or 'rmsnorm', got 'rmsnrom'. Did you mean 'rmsnorm'?"),
+        ({"norm": None}, "'norm' must be 'layernorm' or 'rmsnorm', got None."),
+        ({"mlp": "swi-glu"}, "'mlp' must be 'gelu' or 'swiglu', got 'swi-glu'. Did you mean 'swiglu'?"),
+        ({"mlp": True}, "'mlp' must be 'gelu' or 'swiglu', got True."),
+        ({"mlp": ["gelu"]}, "'mlp' must be 'gelu' or 'swiglu', got ['gelu']."),
+        ({"positions": "learnt"}, "'positions' must be 'learned' or 'rope', got 'learnt'. Did you mean 'learned'?"),
+        ({"positions": "rope", "n_heads": 6}, "turns pairs of numbers, so emb_dim / n_heads must be even, got 5."),
+        ({"positions": "rope", "n_heads": 4}, "'n_heads' must divide 'emb_dim': 30 / 4 is not whole"),  # and only that
+        ({"positions": "rope", "n_heads": True}, "'n_heads' must be a whole number, 1 or more, got True"),
+        ({"mlp": "swiglu", "ff_dim": 2.5}, "'ff_dim' must be a whole number, 1 or more (or None), got 2.5"),
         ({7: 1}, "unknown key 7"),
     ],
 )
@@ -168,10 +179,34 @@ def test_two_names_of_one_key_may_not_differ(turned):
     assert "'sdpa'" in message
 
 
+@pytest.mark.parametrize("key", ["norm", "mlp", "positions"])
+def test_each_choice_may_hold_what_it_lists_and_gpt2_s_is_the_default(key):
+    assert KEYS[key].default == KEYS[key].choices[0] == complete(GOOD)[key]
+    for value in KEYS[key].choices:
+        assert complete({**GOOD, key: value})[key] == value
+        GPTModel({**GOOD, key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("num_key_value_heads", "n_kv_heads"), ("norm_type", "norm"), ("normalization", "norm"),
+        ("activation_function", "mlp"), ("hidden_act", "mlp"), ("position_embedding_type", "positions"),
+        ("rope", "positions"), ("position", "positions"), ("norms", "norm"),
+    ],
+)  # fmt: skip
+def test_the_variants_are_found_under_their_other_names(key, expected):
+    message = error_of(GOOD, **{key: "rope"})
+    assert "one problem" in message
+    assert f"unknown key {key!r}" in message
+    assert repr(expected) in message.split(":", 2)[2]
+
+
 BAD = {
     "n_embd": 8, "n_head": 2, "dropout": 0.1, "atention_implementation": "eager", "use_flsh": True, "foo": None,
     "vocab_size": -1, "context_length": "24", "n_layers": 0, "drop_rate": 2, "qkv_bias": None, "tie_weights": "no",
-    "n_kv_heads": 1.5, "attn_implementation": "flesh", "disable_mps_fix": 0, "flash_kv_block_size": 0,
+    "n_kv_heads": 1.5, "norm": "batchnorm", "mlp": "relu", "positions": "alibi",
+    "hidden_act": "silu", "attn_implementation": "flesh", "disable_mps_fix": 0, "flash_kv_block_size": 0,
 }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from CMHA.implementations import IMPLEMENTATIONS
-from GPT2Model.gpt2 import positions
+from CMHA.masks import AttentionMask
 
 LENGTHS = [[5, 3, 7, 1, 4], [20], [1, 18, 1]]  # of the texts in each row
 NUMBERS = [[0, 1, 2, 3, 4], [0], [3, 4, 90]]  # any that do not fall
@@ -27,9 +27,9 @@ def one_by_one(model, ids) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def test_all_implementations_that_need_no_package_are_looked_at():
-    packages = {"flash_attention_2", "flash_attention_3"}  # no float64, no CPU
-    assert HERE.keys() == IMPLEMENTATIONS.keys() - packages
+def test_all_implementations_that_need_no_gpu_are_looked_at():
+    elsewhere = {"flash_attention_2", "flash_attention_3", "flash_triton"}  # no float64, and a GPU only
+    assert HERE.keys() == IMPLEMENTATIONS.keys() - elsewhere
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * ("flex" in name)) for name in HERE])
@@ -84,7 +84,7 @@ def test_the_positions_start_again_with_each_text(build):
         model(ids, documents=documents)
     wanted = [[place for length in lengths for place in range(length)] for lengths in LENGTHS]
     assert given[0].tolist() == wanted
-    assert positions(ids, None, 0, documents).tolist() == wanted
+    assert AttentionMask(20, 20, documents=documents).positions().tolist() == wanted
 
 
 def test_padding_behind_the_texts_is_a_text_of_its_own(build):

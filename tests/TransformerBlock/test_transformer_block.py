@@ -8,6 +8,7 @@ from torch import nn
 
 from CMHA.choosing import AttentionSettings
 from GPT2Model.config import KEYS
+from TransformerBlock.layers import FeedForward, LayerNorm
 from TransformerBlock.transformer_block import TransformerBlock
 
 MINIMAL = {"emb_dim": 30, "n_heads": 5, "context_length": 16}
@@ -99,6 +100,11 @@ def test_a_block_used_alone_has_the_defaults_of_the_table_of_keys():
     assert block.feed_forward.up_proj.out_features == 4 * 30
     assert defaults["n_kv_heads"] is None
     assert block.attention.num_kv_heads == 5
+    spelled_out = TransformerBlock({**MINIMAL, **{key: defaults[key] for key in ("norm", "mlp", "positions")}})
+    for each in (block, spelled_out):
+        assert type(each.norm_1) is type(each.norm_2) is LayerNorm
+        assert type(each.feed_forward) is FeedForward
+        assert each.attention.rotary is None
 
 
 def test_what_the_cfg_says_replaces_the_defaults():
@@ -149,5 +155,7 @@ def test_what_each_half_adds_is_dropped_or_made_larger(half):
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ValueError, match="num_heads=4"):
         TransformerBlock({**MINIMAL, "n_heads": 4})
+    with pytest.raises(ValueError, match="num_heads=4"):
+        TransformerBlock({**MINIMAL, "n_heads": 4, "positions": "rope"})
     with pytest.raises(ValueError, match="unknown attn_implementation 'egaer'"):
         TransformerBlock({**MINIMAL, "attn_implementation": "egaer"})

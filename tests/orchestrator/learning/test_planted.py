@@ -14,7 +14,7 @@ import transformers
 import orchestrator.learning.planted as planting
 from CMHA.cmha import MultiHeadAttention
 from CMHA.masks import AttentionMask
-from GPT2Model import generation, gpt2
+from GPT2Model import generation
 from GPT2Model.generation import generate, make_cache
 from GPT2Model.gpt2 import GPTModel
 from GPT2Model.tracing import trace
@@ -30,7 +30,9 @@ CFG = {
 }  # fmt: skip
 THREE = ("eager", "sdpa", "flash_tiled")
 IN_EAGER = ("mask_after_softmax", "softmax_over_queries")
-TOUCHED = (GPTModel, MultiHeadAttention, TransformerBlock, GELU, LayerNorm, planting.cmha, generation, gpt2, loop)
+TOUCHED = (
+    GPTModel, MultiHeadAttention, AttentionMask, TransformerBlock, GELU, LayerNorm, planting.cmha, generation, loop,
+)  # fmt: skip
 
 
 def build(dtype=torch.float64, **changes) -> GPTModel:
@@ -357,8 +359,22 @@ def test_positions_restart_with_padding_too(model, ids):
     padding = torch.ones(2, 17, dtype=torch.bool)
     padding[0, :3] = False
     with planted("positions_restart_with_cache"):
-        assert gpt2.positions(ids[:, 16:], padding, 16).tolist() == [[0], [0]]
-        assert gpt2.positions(ids, padding, 0)[0].tolist() == [0, 0, 0, *range(14)]
+        assert AttentionMask(1, 17, padding_mask=padding).positions().tolist() == [[0], [0]]
+        assert AttentionMask(17, 17, padding_mask=padding).positions()[0].tolist() == [0, 0, 0, *range(14)]
+        of_two = torch.arange(17)[None].ge(9).long()
+        assert AttentionMask(17, 17, documents=of_two).positions().tolist() == [[*range(9), *range(8)]]
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+@torch.no_grad()
+def test_forgotten_positions_leave_a_token_where_all_are_alike_without_a_place(positions, ids):
+    """Without positions the last token's logits are the same in whatever order the others come, in the first block."""
+    model = build(n_layers=1, positions=positions)
+    shuffled = torch.cat([ids[:, :-1].flip(1), ids[:, -1:]], dim=1)
+    with planted("positions_forgotten"):
+        torch.testing.assert_close(model(ids)[:, -1], model(shuffled)[:, -1], rtol=0, atol=1e-9)
+    assert (model(ids)[:, -1] - model(shuffled)[:, -1]).abs().max() > 1e-3
+    assert (model.blocks[0].attention.rotary is None) == (positions == "learned")
 
 
 @torch.no_grad()

@@ -122,6 +122,26 @@ def test_without_positions_and_without_the_mask_no_depth_tells_the_order():
     torch.testing.assert_close(last(IDS), last(torch.cat([IDS[:, :-1].flip(1), IDS[:, -1:]], 1)), rtol=0, atol=1e-12)
 
 
+def test_a_model_without_a_table_of_positions_is_refused_with_what_to_do():
+    with pytest.raises(ValueError, match=r'turns queries and keys: build one with positions="learned"'):
+        without_positions(new(positions="rope"))
+
+
+def test_norms_of_either_kind_are_taken_out_and_moved():
+    for norm in ("layernorm", "rmsnorm"):
+        model = new(norm=norm)
+        for block in model.blocks:  # silent blocks: the stream that reaches the head is the embeddings
+            for linear in (block.attention.out_proj, block.feed_forward.down_proj):
+                nn.init.zeros_(linear.weight)
+                nn.init.zeros_(linear.bias)
+        bare = without_norm(copy.deepcopy(model))
+        torch.testing.assert_close(bare(IDS), embeddings(bare) @ bare.head.weight.T, rtol=0, atol=1e-12)
+        moved, x = post_norm(model), embeddings(model)
+        for block in moved.blocks:
+            x = block.norm_2(block.norm_1(x))
+        torch.testing.assert_close(moved(IDS), x @ moved.head.weight.T, rtol=0, atol=1e-12)
+
+
 def test_the_table_of_positions_stays_at_zero_in_training():
     model = without_positions(new()).train()
     optimizer = torch.optim.AdamW(decay_groups(model, 0.1), lr=0.1)
