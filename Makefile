@@ -54,6 +54,6 @@ $(VENV)/.made-run: $(VENV)/.made-venv requirements.txt constraints.txt pyproject
 	$(PIP) --no-deps --editable .
 	@touch $@
 
-$(VENV)/.made-dev: $(VENV)/.made-run requirements-dev.txt requirements-hub.txt requirements-train.txt
-	$(PIP) -r requirements.txt -r requirements-dev.txt -r requirements-hub.txt -r requirements-train.txt
+$(VENV)/.made-dev: $(VENV)/.made-run requirements-dev.txt requirements-hub.txt requirements-train.txt requirements-transformers.txt
+	$(PIP) -r requirements.txt -r requirements-dev.txt -r requirements-hub.txt -r requirements-train.txt -r requirements-transformers.txt
 	@touch $@

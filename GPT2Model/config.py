@@ -64,8 +64,12 @@ KEYS: dict[str, Key] = {
     "attn_implementation": Key("name", "auto", "what use_flash=True means: a name or alias; None: auto", optional=True),
     "attn_strict": Key("bool", False, "raise, instead of falling back, when the named implementation cannot serve"),
     "disable_mps_fix": Key("bool", False, "allow sdpa on Apple's MPS, where it gave NaN with left padding"),
-    "flash_query_block_size": Key("count", None, "queries in a tile of flash_tiled; None: chosen", optional=True),
-    "flash_kv_block_size": Key("count", None, "keys in a tile of flash_tiled; None: chosen", optional=True),
+    "flash_query_block_size": Key(
+        "count", None, "queries in a tile of flash_tiled and flash_triton; None: chosen", optional=True
+    ),
+    "flash_kv_block_size": Key(
+        "count", None, "keys in a tile of flash_tiled and flash_triton; None: chosen", optional=True
+    ),
 }
 
 # Other names of our keys. The first are taken as they are; the second are other projects', and only suggested,

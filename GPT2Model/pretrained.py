@@ -5,6 +5,7 @@ that a crash leaves the old ones whole. The names of the formats are in `GPT2Mod
 """
 
 import json
+import logging
 import os
 import pickle
 import re
@@ -30,9 +31,13 @@ from GPT2Model.weight_formats import (
     cfg_of,
     fit_heads,
     our_names,
+    own_config,
     regroup,
     translate,
+    unlike_gpt2,
 )
+
+logger = logging.getLogger("GPT2Model")
 
 # What the two readers of weights raise for a damaged or foreign file.
 UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError)
@@ -185,10 +190,34 @@ def save(model: GPTModel, folder: str | os.PathLike) -> None:
     What Hugging Face's format lacks is written so that it computes the same: no qkv bias becomes a bias of zero, shared
     key-value heads are repeated. Loaded here again, the model is as it was, cfg included.
 
+    A model with a `norm`, `mlp` or `positions` that GPT-2 does not have is written under our own names: this project
+    opens the folder, bit for bit; transformers refuses it, and a warning says so.
+
     Raises:
         OSError: the folder cannot be written, with the reason; what was there stays as it was.
     """
-    write_form(*hugging_face_form(model), folder)
+    write_form(*folder_form(model), folder)
+    if reasons := unlike_gpt2(model.cfg):
+        logger.warning(
+            "%s is in this project's own format, which transformers does not open: %s. GPTModel.from_pretrained does.",
+            folder, "; ".join(reasons),
+        )  # fmt: skip
+
+
+def folder_form(model: GPTModel) -> tuple[dict[str, Tensor], dict]:
+    """A copy of the weights on the CPU and the config beside them: as Hugging Face has them, if that can be said there.
+
+    A tied head is stored once.
+    """
+    if not unlike_gpt2(model.cfg):
+        return hugging_face_form(model)
+    tied = ("head.weight",) if model.cfg["tie_weights"] else ()
+    weights = {
+        name: tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in model.state_dict().items()
+        if name not in tied
+    }
+    return weights, own_config(model.cfg)
 
 
 def hugging_face_form(model: GPTModel) -> tuple[dict[str, Tensor], dict]:
@@ -220,7 +249,7 @@ def hugging_face_form(model: GPTModel) -> tuple[dict[str, Tensor], dict]:
 
 
 def write_form(weights: dict[str, Tensor], config: dict, folder: str | os.PathLike) -> None:
-    """Write what `hugging_face_form` gave. Raises OSError as `save` does."""
+    """Write what `folder_form` gave. Raises OSError as `save` does."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ OUTPUTS = {
     r"(blocks\.\d+\.attention)\.W_qkv": r"\1.qkv",
     r"(blocks\.\d+\.attention)\.out_proj": None,
     r"(blocks\.\d+\.feed_forward)": r"\1.output",
+    r"(blocks\.\d+\.feed_forward)\.gate_proj": r"\1.gate",
     r"(blocks\.\d+\.feed_forward)\.up_proj": r"\1.hidden",
     r"(blocks\.\d+\.feed_forward)\.gelu": r"\1.activated",
     r"(blocks\.\d+\.feed_forward)\.down_proj": None,
@@ -66,6 +67,9 @@ class Recorder:
                 self.inputs = {"mask": named.get("mask"), "scale": module.head_dim**-0.5, "layer": module}
             if path.endswith("attention.out_proj"):
                 return (self.value(path.replace("out_proj", "merged"), arguments[0]),), named
+            # A product of SwiGLU is no module's output, but what the last projection reads.
+            if path.endswith("feed_forward.down_proj") and self.result.cfg.get("mlp") == "swiglu":
+                return (self.value(path.replace("down_proj", "activated"), arguments[0]),), named
             return None
 
         return hook
@@ -144,7 +148,7 @@ class Recorder:
         if self.gradients and tensor.requires_grad:
             tensor.retain_grad()
         kept = tensor if self.gradients else tensor.detach()
-        self.result.values[name] = Value(name, kept, *meaning_of(name, tensor), **flags)
+        self.result.values[name] = Value(name, kept, *meaning_of(name, tensor, self.result.cfg), **flags)
 
     def check_all_found(self) -> None:
         """Raise for a pattern that fits nothing: nobody would know that a misspelt name changed nothing."""

@@ -39,6 +39,7 @@ MEANING = {
     "attention.dropped": (STREAM, "the same after dropout"),
     "after_attention": (STREAM, "the stream after attention was added"),
     "norm_2": (STREAM, "the stream normalised, as the feed-forward layer reads it"),
+    "feed_forward.gate": (HIDDEN, "SwiGLU's gate"),
     "feed_forward.hidden": (HIDDEN, "widened, before GELU"),
     "feed_forward.activated": (HIDDEN, "after GELU: what is not negative goes on, bent a little"),
     "feed_forward.output": (STREAM, "what the feed-forward layer adds to the stream"),
@@ -53,12 +54,40 @@ MEANING = {
 }
 WEIGHTS = ("scores", "masked_scores", "weights")  # what only eager forms
 
+# Where the cfg has another part than GPT-2's: (key, its value) -> name -> what it is then. The axes stay.
+MEANING_OF_VARIANTS = {
+    ("norm", "rmsnorm"): {
+        "norm_1": "the stream divided by its root mean square, weighted, as attention reads it",
+        "norm_2": "the stream divided by its root mean square, weighted, as the feed-forward layer reads it",
+        "final_norm": "the stream divided by its root mean square, weighted, as the head reads it",
+    },
+    ("mlp", "swiglu"): {
+        "feed_forward.gate": "how far each unit is opened, before SiLU",
+        "feed_forward.hidden": "widened: what each unit has to say, before its gate",
+        "feed_forward.activated": "SiLU(gate) * hidden: what the gates let through",
+    },
+    ("positions", "rope"): {
+        "embeddings": "the token embeddings: where the stream begins; positions are not added",
+        "attention.qkv": "queries, keys and values side by side, before two of them are turned: one matrix product",
+        "attention.queries": "what each token looks for, turned by its position",
+        "attention.keys": "what each token offers to be found by, turned by its position",
+        "attention.scores": "turned query . turned key / sqrt(head_dim): how well they fit, at their distance",
+    },
+}
 
-def meaning_of(name: str, tensor: Tensor) -> tuple[tuple[str, ...], str]:
-    """(axes, what it is) of a value by its full name; by its shape alone, where the name is not one of GPT-2's."""
+
+def meaning_of(name: str, tensor: Tensor, cfg: Mapping) -> tuple[tuple[str, ...], str]:
+    """(axes, what it is) of a value by its full name; by its shape alone, where the name is not one of GPT-2's.
+
+    Args:
+        cfg: the model's: with RMSNorm, SwiGLU or rotary positions some names mean something else.
+    """
     inside = re.sub(r"^blocks\.\d+\.", "", name)
     inside = re.sub(r"^attention\.tile\[.*\]", "tile", inside)
     axes, about = MEANING.get(inside, ((), "what this module gives"))
+    for (key, value), meanings in MEANING_OF_VARIANTS.items():
+        if cfg.get(key) == value:
+            about = meanings.get(inside, about)
     if len(axes) != tensor.ndim:
         axes = ("batch", "tokens", "width")[: tensor.ndim] if tensor.ndim <= 3 else ("axis",) * tensor.ndim
     return axes, about
@@ -161,6 +190,10 @@ class Trace:
                 "recompute=True) makes it from the queries and keys; or trace under eager: "
                 'with model.using_attention("eager"): ...'
             )
+        if name == "position_embedding" and self.cfg.get("positions") == "rope":
+            return "position_embedding does not exist: with rotary positions queries and keys are turned instead."
+        if name.endswith("feed_forward.gate") and self.cfg.get("mlp") != "swiglu":
+            return f"{name} does not exist: only SwiGLU has a gate, and this model has mlp={self.cfg.get('mlp')!r}."
         layers = f"; the blocks are 0 to {len(self.implementations) - 1}" if name.startswith("blocks.") else ""
         near = difflib.get_close_matches(name, self.values, n=3, cutoff=0.5)
         rest = f"near: {', '.join(near)}." if near else "trace.names() lists all."

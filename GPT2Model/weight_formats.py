@@ -1,8 +1,8 @@
 """How others name and lay out the weights of a GPT-2: tables from their names to ours, and what differs exactly.
 
 Each format is a table; an entry is the whole name of a tensor, or the stem of a weight and its bias. What a format
-cannot express is converted exactly or refused by name; nothing is ignored in silence. `GPT2Model/pretrained.py` does
-the files.
+cannot express is converted exactly or refused by name; nothing is ignored in silence. A model with `norm`, `mlp` or
+`positions` of its own is no GPT-2 in anybody's format: its folder is in ours. `GPT2Model/pretrained.py` does the files.
 """
 
 import re
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from GPT2Model.config import complete
+from GPT2Model.config import KEYS, complete
 
 # Hugging Face stores the four projections of a block as (in, out): torch's Linear is (out, in).
 HUGGING_FACE = {
@@ -74,6 +74,8 @@ HF_HARMLESS = {
     "reorder_and_upcast_attn", "is_decoder", "gpt2_from_scratch_cfg", "_attn_implementation_autoset", "finetuning_task",
 }  # fmt: skip
 OUR_CFG = "gpt2_from_scratch_cfg"  # our own dict, kept in config.json beside Hugging Face's fields
+OUR_TYPE = "gpt2-from-scratch"  # the model_type of a folder that only this project opens
+VARIANTS = ("norm", "mlp", "positions")  # the keys that Hugging Face's GPT-2 cannot express, unless they are its own
 
 
 def cfg_of(config: dict, changes: Mapping, where: Path) -> dict:
@@ -82,6 +84,8 @@ def cfg_of(config: dict, changes: Mapping, where: Path) -> dict:
     Raises:
         ValueError: every field whose value we cannot honour, by name.
     """
+    if config.get("model_type") == OUR_TYPE:
+        return own_cfg(config, where)
     problems = [
         f"{field} = {config[field]!r}, where only {value!r} is computed here"
         for field, value in HF_FIXED.items()
@@ -107,6 +111,38 @@ def cfg_of(config: dict, changes: Mapping, where: Path) -> dict:
     defaults |= {"initializer_range": 0.02, "tie_word_embeddings": True}
     sizes = {ours: config.get(theirs, defaults.get(theirs)) for theirs, ours in HF_SIZES.items()}
     return {**sizes, "drop_rate": max(rates), "qkv_bias": True}
+
+
+def unlike_gpt2(cfg: Mapping) -> list[str]:
+    """What a cfg has and GPT-2 has not, one phrase each, and no format of others can express; empty: nothing."""
+    return [
+        f"{name}={cfg[name]!r}, where GPT-2 has {KEYS[name].default!r}"
+        for name in VARIANTS
+        if cfg.get(name, KEYS[name].default) != KEYS[name].default
+    ]
+
+
+def own_config(cfg: Mapping) -> dict:
+    """The config.json of a folder that only this project opens.
+
+    transformers refuses its model_type, except where somebody names a class of its own: GPT2LMHeadModel would go on,
+    with weights that are not there drawn at random. So a field that it must read says in words that it cannot.
+    """
+    reason = f"this is no GPT-2: {'; '.join(unlike_gpt2(cfg))}. Open it with GPTModel.from_pretrained(FOLDER)"
+    return {"architectures": ["GPTModel"], "model_type": OUR_TYPE, "n_layer": reason, OUR_CFG: dict(cfg)}
+
+
+def own_cfg(config: dict, where: Path) -> dict:
+    """The cfg dict out of such a config.
+
+    Raises:
+        ValueError: it holds none, a wrong one, or fields that we would have to ignore.
+    """
+    foreign = sorted(config.keys() - {"architectures", "model_type", "n_layer", OUR_CFG})
+    if foreign or not isinstance(config.get(OUR_CFG), Mapping):
+        found = f"unknown here: {', '.join(foreign)}" if foreign else f"{OUR_CFG} is missing"
+        raise ValueError(f"{where} cannot be honoured: {found}. Copy it anew from where save_pretrained() wrote it.")
+    return complete(config[OUR_CFG])
 
 
 def our_names(weights: dict[str, Tensor], where: str) -> dict[str, Tensor]:

@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {"CMHA": 1, "TransformerBlock": 2, "GPT2Model": 3, "orchestrator": 4, "tests": 5}
 # Inside CMHA the arrows run one way too.
 CMHA_STOREYS = {
-    **dict.fromkeys(("masks", "mask_pictures", "request", "packages", "dropout", "kv_cache", "tap"), 0),
-    **{"implementations": 1, "choosing": 2, "cmha": 3, "adaptive": 3},
+    **dict.fromkeys(("masks", "mask_pictures", "rotary", "request", "packages", "dropout", "kv_cache", "tap"), 0),
+    **{"implementations": 1, "choosing": 2, "cmha": 3, "adaptive": 3, "transformers_masks": 1, "with_transformers": 3},
 }
 READING_PATH = (
     "CMHA/cmha.py",
@@ -118,7 +118,9 @@ def test_every_requirement_is_one_that_an_installer_reads():
     dynamic = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["dynamic"]
     extras = dynamic["optional-dependencies"]
     files = dynamic["dependencies"]["file"] + extras["dev"]["file"]
-    assert files == ["requirements.txt", "requirements-dev.txt", "requirements-hub.txt", "requirements-train.txt"]
+    names = ("", "-dev", "-hub", "-train", "-transformers")
+    assert files == [f"requirements{name}.txt" for name in names]
+    assert extras["transformers"]["file"] == ["requirements-transformers.txt"]
     assert extras["hub"]["file"] == ["requirements-hub.txt"]
     assert extras["train"]["file"] == ["requirements-train.txt"]
     for file in files:
@@ -137,7 +139,7 @@ def test_the_python_that_the_readme_shows_runs(tmp_path, monkeypatch):
     GPTModel(from_preset("nano", n_layers=1)).save_pretrained(tmp_path / "model")
     GPTModel(from_preset("nano", n_layers=1, vocab_size=177)).save_pretrained(tmp_path / "tales")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     monkeypatch.chdir(tmp_path)
     for block in blocks:  # each by itself, as a reader copies it
         code = block.replace("path/to/gpt2", str(tmp_path / "model")).replace('"folder"', repr(str(tmp_path / "copy")))
@@ -147,7 +149,13 @@ def test_the_python_that_the_readme_shows_runs(tmp_path, monkeypatch):
     assert (tmp_path / "trace.html").stat().st_size < 1_000_000
 
 
-PAGES = {"ATTENTION_BACKENDS.md": 2, "FLASH_ATTENTION_GUIDE.md": 2, "TROUBLESHOOTING.md": 2, "MISTAKES.md": 1}
+PAGES = {
+    "ATTENTION_BACKENDS.md": 2,
+    "FLASH_ATTENTION_GUIDE.md": 2,
+    "TROUBLESHOOTING.md": 2,
+    "MISTAKES.md": 1,
+    "WITH_TRANSFORMERS.md": 1,
+}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -194,16 +202,20 @@ def test_what_the_packages_import_is_in_requirements_txt():
         assert all("#" in line for line in lines), "each dependency has a reason beside it"
         return {line.split(">")[0].strip() for line in lines if not line.startswith("#")}
 
-    required, extra = listed("requirements.txt"), listed("requirements-hub.txt", "requirements-train.txt")
+    extras = ("requirements-hub.txt", "requirements-train.txt", "requirements-transformers.txt")
+    required, extra = listed("requirements.txt"), listed(*extras)
     imported = {module.split(".")[0] for path in sources() for module in imported_modules(path)}
     foreign = imported - set(sys.stdlib_module_names) - set(FLOORS)
-    from_tiktoken, named_when_missing = {"tiktoken_ext"}, {"wandb"}
+    from_tiktoken, named_when_missing = {"tiktoken_ext"}, {"wandb", "triton"}
     assert foreign - from_tiktoken - named_when_missing - extra <= required
 
 
 def test_what_is_an_extra_is_imported_where_it_is_asked_for_and_never_at_the_top_of_a_file():
-    extra = {"huggingface_hub", "pyarrow", "tensorboard", "datasets", "wandb"}
+    extra = {"huggingface_hub", "pyarrow", "tensorboard", "datasets", "wandb", "triton", "transformers"}
+    asked_for_by_another_file = {"CMHA/implementations/flash_triton_kernels.py"}
     for path in sources():
+        if path.relative_to(ROOT).as_posix() in asked_for_by_another_file:
+            continue
         at_the_top = ast.Module(ast.parse(path.read_text(encoding="utf-8")).body, [])
         names = {
             name.split(".")[0]

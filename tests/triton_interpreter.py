@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def import_as_interpreter() -> None:
-    """Import triton, as an interpreter where there is no GPU to compile for, and our kernels. Without triton: nothing."""
+    """Import triton, as an interpreter where there is no GPU to compile for, and our kernels; if there is a triton."""
     if find_spec("triton") is None:
         return
     if DEVICE == "cpu":

@@ -27,6 +27,10 @@ from orchestrator.report import plain
 
 HELP = "what this machine has, what each name of attention gives on it, what is missing"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HOW_TRITON_RUNS = {
+    "compiler": "; compiles here, for a GPU",
+    "interpreter": "; interprets here, since TRITON_INTERPRET=1 is set: on a CPU, for tests",
+}
 WIDTH, INDENT = 100, 22  # columns of the page; columns of what stands before the text of a row
 COLUMNS = {  # of the table; `prompt` stands below it, where it differs
     "training": f"training with dropout {PURPOSES['training']['dropout']}",
@@ -133,7 +137,8 @@ def package_rows(packages: dict[str, dict]) -> list[str]:
         if package["error"]:
             lines += row(package["distribution"], f"{state}, but it does not import: {package['error']}")
         else:
-            lines += row(package["distribution"], f"{state:16} {package['purpose']}", more=17)
+            how = HOW_TRITON_RUNS.get(package.get("runs"), "")
+            lines += row(package["distribution"], f"{state:16} {package['purpose']}{how}", more=17)
     return lines
 
 

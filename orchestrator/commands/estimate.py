@@ -3,6 +3,7 @@
     python -m orchestrator estimate --model gpt2-xl --batch_size 8 --max_length 1024 --dtype bf16
     python -m orchestrator estimate --model gpt2 --batch_size 16 --device A100 --tokens_per_second 142000
     python -m orchestrator estimate --model gpt2 --batch_size 4 --activation_checkpointing --loss_chunk_tokens 512
+    python -m orchestrator estimate --model gpt2 --norm rmsnorm --mlp swiglu --positions rope --n_kv_heads 4
 
 Each number stands beside its formula. The options are those of train.py, and mean the same; --device may also name a
 chip that is not here. Memory is what tensors hold at the worst moment: the tests hold it within 10 % of what torch's
@@ -25,7 +26,7 @@ from CMHA.choosing import canonical_name
 from CMHA.choosing.choose import AttentionSettings, decide
 from CMHA.choosing.names import AUTO, NOT_BUILT
 from CMHA.request import AttentionRequest
-from GPT2Model.config import from_preset
+from GPT2Model.config import KEYS, from_preset
 from GPT2Model.files import replace_text
 from GPT2Model.gpt2 import GPTModel
 from orchestrator.evaluation import estimates
@@ -37,7 +38,8 @@ from orchestrator.training import mfu
 from orchestrator.training.precision import TORCH_DTYPES, resolve_dtype
 
 HELP = "parameters, FLOPs, memory and MFU of a model by formula, before it is built"
-SIZES = ("n_layers", "n_heads", "emb_dim", "vocab_size", "drop_rate")
+SIZES = ("n_layers", "n_heads", "n_kv_heads", "emb_dim", "vocab_size")
+VARIANTS = {name: KEYS[name].choices for name in ("norm", "mlp", "positions")}
 PARTS_OF_PEAK = (0.2, 0.4, 0.6)  # MFUs of which the speed is given; 40 to 60 % is what good training reaches on a GPU
 Row = tuple[str, str, str]  # what, number with unit, formula
 HERE = ("auto", "cpu", "cuda", "mps")
@@ -56,8 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--optimizer": ("adamw", "NAME", f"{', '.join(OPTIMIZERS)}: one that remembers nothing"),
         "--n_layers": (None, "N", "another depth than the model's"),
         "--n_heads": (None, "N", "another number of heads"),
+        "--n_kv_heads": (None, "N", "key-value heads, each shared by a group of heads"),
         "--emb_dim": (None, "N", "another width"),
         "--vocab_size": (None, "N", "another vocabulary"),
+        "--norm": (None, "NAME", f"{' or '.join(VARIANTS['norm'])}, instead of the model's"),
+        "--mlp": (None, "NAME", f"the feed-forward layer: {' or '.join(VARIANTS['mlp'])}, instead of the model's"),
+        "--positions": (None, "NAME", f"{' or '.join(VARIANTS['positions'])}, instead of the model's"),
         "--drop_rate": (None, "X", "dropout (default: 0, as train.py has it for fresh weights)"),
         "--device": ("auto", "NAME", "cpu, cuda, mps, auto: the best here; or a chip: A100, H100, H100 PCIe, T4, ..."),
         "--peak_tflops": (None, "X", "the device's peak in TFLOP/s, instead of the table's or a measured one"),
@@ -111,11 +117,15 @@ def read_arguments(args: argparse.Namespace) -> tuple[TrainingStep, str, mfu.Pea
 
     numbers = {name: read(name, int, 1) for name in ("batch_size", "max_length", "gradient_accumulation_steps")}
     chunk = read("loss_chunk_tokens", int, 0)
-    changes = {name: read(name, int, 1) for name in SIZES[:4]} | {"drop_rate": read("drop_rate", float, 0, 1)}
+    changes = {name: read(name, int, 1) for name in SIZES} | {"drop_rate": read("drop_rate", float, 0, 1)}
+    changes |= {name: getattr(args, name) for name in VARIANTS}
     speed, tflops = read("tokens_per_second", float, 0), read("peak_tflops", float, 1e-9)
     for name, known in (("dtype", ("auto", *DTYPES)), ("optimizer", OPTIMIZERS)):
         if getattr(args, name) not in known:
             problems.append(f"--{name} must be one of {', '.join(known)}, got {getattr(args, name)!r}.")
+    for name, known in VARIANTS.items():
+        if changes[name] is not None and changes[name] not in known:
+            problems.append(f"--{name} must be {' or '.join(known)}, got {changes[name]!r}.")
     if problems:
         raise ValueError("\n  ".join(["these arguments are wrong:", *problems]) if problems[1:] else problems[0])
 
@@ -245,6 +255,8 @@ def page(model: str, step: TrainingStep, attention: str, peak: mfu.Peak, facts: 
         f"K = {K} of keys, P = {cfg['context_length']} positions, B = {step.batch}, T = {step.tokens}, "
         f"s = {step.size} bytes of a number that matrix products read",
     ]
+    if other := [f"{name} {cfg[name]}" for name in VARIANTS if cfg[name] != KEYS[name].default]:
+        lines.append(f"not as in GPT-2: {', '.join(other)}")
     sections = {
         "Parameters": parameter_rows(cfg, facts["parameters"]),
         "FLOPs: matrix products only, 2 for a multiply-add": flops_rows(step, facts),
@@ -264,13 +276,15 @@ def page(model: str, step: TrainingStep, attention: str, peak: mfu.Peak, facts: 
 
 
 def parameter_rows(cfg: dict, counted: dict) -> list[Row]:
-    block = "L (4 C + C (C + 2 K) + C C + 2 C F + biases)"
+    rope, swiglu, norm = cfg["positions"] == "rope", cfg["mlp"] == "swiglu", 1 if cfg["norm"] == "rmsnorm" else 2
+    block = f"L ({2 * norm} C + C (C + 2 K) + C C + {3 if swiglu else 2} C F + biases)"
     head = "" if cfg["tie_weights"] else " + V C (the head)"
+    last = "2 C" if norm == 2 else "C"
     return [
-        ("all", f"{counted['total']:,}", f"(V + P) C + {block} + 2 C{head}"),
-        ("without position embeddings", f"{counted['without_position_embeddings']:,}", "all - P C"),
+        ("all", f"{counted['total']:,}", f"{'V C' if rope else '(V + P) C'} + {block} + {last}{head}"),
+        ("without position embeddings", f"{counted['without_position_embeddings']:,}", "all" if rope else "all - P C"),
         ("token embeddings", f"{counted['token_embeddings']:,}", "V C" + "; the head is the same" * cfg["tie_weights"]),
-        ("position embeddings", f"{counted['position_embeddings']:,}", "P C"),
+        ("position embeddings", f"{counted['position_embeddings']:,}", "none with rope" if rope else "P C"),
     ]
 
 
@@ -278,8 +292,9 @@ def flops_rows(step: TrainingStep, facts: dict) -> list[Row]:
     whole, causal = facts["flops_per_token"], facts["flops_per_token_causal"]
     passes = f", {step.gradient_accumulation_steps} passes" * (step.gradient_accumulation_steps > 1)
     tokens = f"x {facts['tokens_per_step']:,} tokens{passes}"
+    inner = "3 C F" if step.cfg["mlp"] == "swiglu" else "2 C F"
     return [
-        ("a token, forward", si(whole["forward"]), "2 (L (C (C + 2 K) + C C + 2 C F + 2 T C) + V C)"),
+        ("a token, forward", si(whole["forward"]), f"2 (L (C (C + 2 K) + C C + {inner} + 2 T C) + V C)"),
         ("a token, backward", si(whole["backward"]), "2 x forward"),
         ("a token, training", si(whole["training"]), "3 x forward; attention over the whole table, as in eager"),
         ("a token, training, causal", si(causal["training"]), "the same with half of the table: T C instead of 2 T C"),

@@ -3,6 +3,7 @@
     python main.py --experiment quick              small models: a minute or two
     python main.py --experiment full               GPT-2 124M too: a quarter of an hour on two cores
     python -m orchestrator experiment --full --attn_implementation eager sdpa --dtype bf16
+    python -m orchestrator experiment --norm rmsnorm --mlp swiglu --positions rope --n_kv_heads 2
 
 Of every implementation that can serve here (those that cannot are listed, with the reason): samples/s, tokens/s, MFU
 and peak memory of training, by the steps of the training loop itself; tokens/s and the time to the first token of
@@ -16,7 +17,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from tqdm.auto import tqdm
 
 from CMHA.choosing import canonical_name
 from CMHA.implementations import IMPLEMENTATIONS
+from GPT2Model.config import KEYS
 from GPT2Model.files import replace_file, replace_text
 from orchestrator.commands.attention_bench import check_folder, complaint, short, whole_number, with_spread
 from orchestrator.evaluation.experiment import Experiment, costs, run_experiment
@@ -38,6 +40,7 @@ from orchestrator.views.experiment_figures import costs_chart, rounds_chart
 
 HELP = "speed and memory of training and generation, every implementation side by side, in one report"
 KINDS = {"quick": 12, "full": 6}  # how many rounds
+VARIANTS = {name: KEYS[name].choices for name in ("norm", "mlp", "positions")}
 NOISY = 1.5  # upper quartile of a ratio / its lower quartile
 METHOD = (
     "Training: one step of the training loop (batch, loss, gradient, clipping, fused AdamW), dropout 0, tokens drawn "
@@ -64,6 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--attn_implementation": (None, "NAME", "only these, one or several; eager is always there, to compare with"),
         "--rounds": (None, "N", f"for each task (default: {', '.join(f'{kind} {n}' for kind, n in KINDS.items())})"),
         "--seed": ("0", "N", "of weights, tokens, and the order in each round"),
+        **{
+            f"--{name}": (None, "NAME", f"of every model: {' or '.join(choices)}") for name, choices in VARIANTS.items()
+        },
+        "--n_kv_heads": (None, "N", "key-value heads of every model; must divide its heads"),
         "--out": (None, "DIR", "folder for the report (default: runs/experiment-DATE_TIME)"),
     }
     for option, (default, metavar, text) in options.items():
@@ -98,7 +105,8 @@ def run(args: argparse.Namespace) -> int:
 
 def run_and_report(experiment: Experiment, kind: str, folder: Path) -> int:
     """Measure, and leave report.json, report.md and the figures; 1 if something failed."""
-    for line in [*describe_machine(experiment.device), f"{kind}: {experiment.dtype}, {experiment.rounds} rounds"]:
+    about = f"{kind}: {experiment.dtype}{variants_of(experiment)}, {experiment.rounds} rounds"
+    for line in [*describe_machine(experiment.device), about]:
         print(line, flush=True)
     with tqdm(total=costs(experiment), smoothing=0.05, **bar_style()) as bar:
 
@@ -111,7 +119,7 @@ def run_and_report(experiment: Experiment, kind: str, folder: Path) -> int:
     replace_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
     facts, device = report["machine"], experiment.device
     hardware = f"{facts['cpu']}, threads: {facts['threads']}" if device == "cpu" else facts["device"]
-    title = f"{{}}: {kind}, {experiment.dtype}\n{hardware}, torch {torch.__version__}"
+    title = f"{{}}: {kind}, {experiment.dtype}{variants_of(experiment)}\n{hardware}, torch {torch.__version__}"
     figures = {
         "costs.png": costs_chart(report["rows"], title=title.format("Training and generation")),
         "rounds.png": rounds_chart(report["rows"], report["rounds"], title=title.format("Every round")),
@@ -126,6 +134,12 @@ def run_and_report(experiment: Experiment, kind: str, folder: Path) -> int:
         )
     print(f"\nwritten: {folder}/report.md, report.json, {', '.join(figures)}")
     return 1 if any(row.failed for row in rows) else 0
+
+
+def variants_of(experiment: Experiment) -> str:
+    """What all models have that GPT-2 has not, to stand behind a comma; nothing for GPT-2s."""
+    asked = experiment.workloads[0].changes
+    return "".join(f", {name} {asked[name]}" for name in (*VARIANTS, "n_kv_heads") if name in asked)
 
 
 def bar_style() -> dict:
@@ -159,9 +173,16 @@ def read_arguments(args: argparse.Namespace) -> tuple[str, Experiment]:
         names = attempt(implementations, words_of(args.attn_implementation))
     if args.out:
         attempt(check_folder, Path(args.out))
+    changes = {name: attempt(choice_of, name, getattr(args, name)) for name in VARIANTS}
+    if args.n_kv_heads is not None:
+        changes["n_kv_heads"] = attempt(whole_number, "n_kv_heads", args.n_kv_heads, 1)
+    changes = {name: value for name, value in changes.items() if value is not None}
+    workloads = quick() if kind == "quick" else full(torch.device(device or "cpu").type)
+    workloads = [replace(workload, changes={**workload.changes, **changes}) for workload in workloads]
+    for workload in workloads:
+        attempt(lambda workload=workload: workload.cfg)
     if problems:
-        raise ValueError(complaint(problems))
-    workloads = quick() if kind == "quick" else full(torch.device(device).type)
+        raise ValueError(complaint(list(dict.fromkeys(problems))))
     return kind, Experiment(workloads, names, dtype, device, rounds, seed, args.compile)
 
 
@@ -173,6 +194,13 @@ def kind_of(args: argparse.Namespace) -> str:
     if len(said) > 1:
         raise ValueError("an experiment is quick or full, and both are asked for: leave one out.")
     return said.pop() if said else "quick"
+
+
+def choice_of(name: str, given: str | None) -> str | None:
+    """One of the choices of a cfg key."""
+    if given is not None and given not in VARIANTS[name]:
+        raise ValueError(f"--{name} must be {' or '.join(VARIANTS[name])}, got {given!r}.")
+    return given
 
 
 def dtype_of(name: str, device: str) -> str:
@@ -206,6 +234,7 @@ def make_report(
 ) -> dict:
     """Everything, JSON-ready."""
     settings = asdict(experiment) | {"workloads": [str(workload) for workload in experiment.workloads], "kind": kind}
+    settings["variants"] = variants_of(experiment).removeprefix(", ")
     return plain({
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -302,7 +331,7 @@ def markdown(report: dict, figures: Sequence[str]) -> list[str]:
         if row["seconds"] and row["first_seconds"] > max(1.0, 5 * row["seconds"][list(row["seconds"])[-1]]["median"])
     ]
     return [
-        f"# Experiment: {settings['kind']}, {settings['dtype']}", "",
+        f"# Experiment: {', '.join(filter(None, (settings['kind'], settings['dtype'], settings['variants'])))}", "",
         f"{report['date']}, `{report['command']}`", "",
         f"{facts['device']}; {facts['cpu']}, {facts['cores']} cores, threads: {facts['threads']}; {facts['system']}; "
         + ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version), "",

@@ -3,6 +3,8 @@
     python -m orchestrator parity                              every implementation that this machine can run
     python -m orchestrator parity --implementation mine.py     one of your own
     python -m orchestrator parity --full                       the whole grid of 38,016 cases: hours on a CPU
+    TRITON_INTERPRET=1 python -m orchestrator parity --implementations flash_triton     our GPU kernels on a CPU: only
+                                                               when named, and with up to 130 tokens
 
 An implementation passes if, in every case that its own check accepts, its output and gradients are about as near to
 float64 as the plain formula in the same dtype is (orchestrator/evaluation/parity.py has the bound). The table gives the
@@ -31,6 +33,7 @@ from orchestrator.evaluation.grading import (
     common_to_failures,
     failed,
     grade,
+    interpreted,
     known,
     load_implementation,
     refused,
@@ -65,10 +68,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     device = check_device(args.device)
     implementations = chosen_implementations(args)
-    cases = part_of(cases_to_grade(full=args.full, device=device, dtype=DTYPES.get(args.dtype)), args.part)
+    slow = interpreted(implementations, device)
+    short = bool(slow and args.implementations)
+    cases = cases_to_grade(full=args.full, device=device, dtype=DTYPES.get(args.dtype), short=short)
+    cases = part_of(cases, args.part)
     if not cases:
         raise ValueError(f"--part {args.part} holds no case: there are fewer parts than that.")
     unusable = refused(cases, implementations)
+    if not short:
+        why = "on a {} in an interpreter, too slow for these cases; for short ones: --implementations {}"
+        unusable = {name: [why.format(device, name)] for name in slow} | unusable
     if len(unusable) == len(implementations):
         why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in unusable.items())
         raise ValueError(f"nothing can be measured on {device}, every case is refused. {why}.")

@@ -18,7 +18,7 @@ from CMHA.choosing.report import torch_kernel
 from CMHA.packages import PACKAGES, find
 from CMHA.request import MACHINE_CODES, AttentionRequest, capability_of
 from orchestrator.evaluation.build_tools import Finding, look_at_build_tools, read_memory
-from orchestrator.evaluation.machine import check_device, cpu_name
+from orchestrator.evaluation.machine import check_device, cpu_name, triton_runs
 from orchestrator.evaluation.tokenizer_and_weights import find_vocabulary, find_weights, missing_for_text
 
 TOKENS = 1024
@@ -127,7 +127,7 @@ def about_cpu() -> dict:
 
 
 def packages() -> dict[str, dict]:
-    """Each package that an implementation can use: imported, and what came of it."""
+    """Each package that an implementation can use: imported, and what came of it; of triton, how it runs kernels."""
     return {
         name: {
             "distribution": package.distribution,
@@ -136,6 +136,7 @@ def packages() -> dict[str, dict]:
             "error": find(name).error,
             "purpose": package.purpose,
             "install": package.install,
+            **({"runs": triton_runs()} if name == "triton" else {}),
         }
         for name, package in PACKAGES.items()
     }

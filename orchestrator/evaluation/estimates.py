@@ -1,8 +1,9 @@
 """Parameters, FLOPs and memory of a GPT-2 by closed formula, to hold what was measured against.
 
 Letters: V vocab_size, C emb_dim, L n_layers, H heads, B sequences of T tokens, BT their product, F ff_dim, K width of
-the keys (C unless heads are grouped), s bytes of a number that matrix products read. What a training step holds at its
-worst moment is in `training_memory.py`; how much of a machine's speed it uses, in `orchestrator/training/mfu.py`.
+the keys (C unless heads are grouped), s bytes of a number that matrix products read. The cfg's variants (`norm`, `mlp`,
+`positions`) change some terms; each function says which. What a training step holds at its worst moment is in
+`training_memory.py`; how much of a machine's speed it uses, in `orchestrator/training/mfu.py`.
 """
 
 from collections.abc import Mapping
@@ -11,33 +12,43 @@ import torch
 
 from CMHA.implementations.flash_tiled import BLOCK_SIZE
 from GPT2Model.config import complete
+from TransformerBlock.variants import swiglu_width
 
 
 def count_parameters(cfg: Mapping) -> int:
     """How many numbers a model of this cfg trains; a tied head counts once.
 
-    Embeddings V*C + T*C; a block: two norms 4C, qkv C*(C + 2K), projection C*C + C, feed-forward 2*C*F + F + C; the
-    last norm 2C; an untied head V*C.
+    Embeddings V*C + P*C; a block: two norms 4C, qkv C*(C + 2K), projection C*C + C, feed-forward 2*C*F + F + C; the
+    last norm 2C; an untied head V*C. With rmsnorm a norm has C instead of 2C (no bias), with swiglu the feed-forward
+    3*C*F (a third matrix, no biases), with rope there is no P*C.
     """
     cfg = complete(cfg)
     C, F, K = widths(cfg)
+    norm = C if cfg["norm"] == "rmsnorm" else 2 * C
     qkv = C * (C + 2 * K) + (C + 2 * K) * cfg["qkv_bias"]
-    block = 4 * C + qkv + (C * C + C) + (2 * C * F + F + C)
+    biases = 0 if cfg["mlp"] == "swiglu" else F + C
+    block = 2 * norm + qkv + (C * C + C) + feed_forward_matrices(cfg) + biases
+    embeddings = sum(embedding_parameters(cfg).values())
     head = 0 if cfg["tie_weights"] else cfg["vocab_size"] * C
-    return (cfg["vocab_size"] + cfg["context_length"]) * C + cfg["n_layers"] * block + 2 * C + head
+    return embeddings + cfg["n_layers"] * block + norm + head
 
 
 def embedding_parameters(cfg: Mapping) -> dict[str, int]:
-    """Numbers in "token" (V*C) and "position" (context_length * C) embeddings: looked up, not multiplied with."""
+    """Numbers in "token" (V*C) and "position" (P*C; 0 with rope) embeddings: looked up, not multiplied with.
+
+    P is context_length.
+    """
     cfg = complete(cfg)
-    return {"token": cfg["vocab_size"] * cfg["emb_dim"], "position": cfg["context_length"] * cfg["emb_dim"]}
+    positions = cfg["context_length"] if cfg["positions"] == "learned" else 0
+    return {"token": cfg["vocab_size"] * cfg["emb_dim"], "position": positions * cfg["emb_dim"]}
 
 
 def forward_flops(cfg: Mapping, batch: int, tokens: int) -> int:
     """Floating-point operations of one forward pass: 2 for each multiply-add of the matrix products.
 
-    Norms, GELU, softmax and additions are left out (about one in a hundred). Attention is counted over the whole T x T
-    table, as eager computes it; a causal kernel may do half of it. A backward pass costs twice the forward.
+    Norms, GELU or SiLU, the gate's product, the turning of rotary positions, softmax and additions are left out (about
+    one in a hundred). Attention is counted over the whole T x T table, as eager computes it; a causal kernel may do
+    half of it. A backward pass costs twice the forward.
     """
     cfg = complete(cfg)
     per_token = cfg["n_layers"] * (block_matrices(cfg) + 2 * tokens * cfg["emb_dim"])
@@ -95,17 +106,24 @@ def forward_peak(cfg: Mapping, batch: int, tokens: int, *, short: bool = False, 
     weights = 4 * count_parameters(cfg)
     copies = s * cfg["n_layers"] * block_matrices(cfg) * short  # made by autocast, and kept until its `with` ends
     cast = s * BT * C * short  # of a norm's result, which is fp32
+    rope, swiglu = cfg["positions"] == "rope", cfg["mlp"] == "swiglu"
     x, normed, qkv = 4 * BT * C, 4 * BT * C, s * BT * (C + 2 * K)
+    # Turned queries and keys stand beside them, since the values are a part of qkv. While they are made: halves and
+    # products of halves in fp32, of short numbers a copy in fp32 too.
+    turned, turning = s * BT * (C + K) * rope, (12 if short else 8) * BT * C * rope
     if attention == "eager":  # scores, softmax, weights; the mask; grouped keys and values once for each head
-        attending = qkv + 3 * s * cfg["n_heads"] * BT * tokens + 2 * tokens**2 + 2 * s * BT * C * (K < C)
+        attending = 3 * s * cfg["n_heads"] * BT * tokens + 2 * tokens**2 + 2 * s * BT * C * (K < C)
     else:  # the result, a number for each row, and what flash_tiled holds of tiles: always fp32
         tile = min(tokens, BLOCK_SIZE) * (attention == "flash_tiled")
         tiles = 4 * batch * cfg["n_heads"] * tile**2 * (4 if tile < tokens else 3)
         rows = 4 * batch * tile * C * (4 if short else 1)  # what is summed up; of short numbers, a tile's rows in fp32
-        attending = qkv + s * BT * C + 4 * BT * cfg["n_heads"] + tiles + rows
+        # Then the output; and before it, of what was turned, the heads merged: elsewhere that is no copy.
+        after = s * BT * C * (2 if rope else 1)
+        attending = s * BT * C + max(4 * BT * cfg["n_heads"] + tiles + rows, after)
     moments = {
-        "attention": x + normed + attending,
-        "feed-forward": x + x + normed + 2 * s * BT * F,  # the block's input, and what attention made of it
+        "attention": x + normed + qkv + max(turned + attending, turning),
+        # The block's input, and what attention made of it; before and after GELU, or SiLU(gate), up and their product.
+        "feed-forward": x + x + normed + (3 if swiglu else 2) * s * BT * F,
         "logits": x + normed + cast + s * BT * cfg["vocab_size"] + s * cfg["vocab_size"] * C * short,
     }
     moments = {name: weights + copies + size for name, size in moments.items()}
@@ -115,11 +133,18 @@ def forward_peak(cfg: Mapping, batch: int, tokens: int, *, short: bool = False, 
 
 def block_matrices(cfg: Mapping) -> int:
     """Numbers in the matrices of one block of a complete cfg, with which each token is multiplied once."""
-    C, F, K = widths(cfg)
-    return C * (C + 2 * K) + C * C + 2 * C * F
+    C, _, K = widths(cfg)
+    return C * (C + 2 * K) + C * C + feed_forward_matrices(cfg)
+
+
+def feed_forward_matrices(cfg: Mapping) -> int:
+    """Numbers in the matrices of one feed-forward layer of a complete cfg: 2*C*F, with a gate 3*C*F."""
+    C, F, _ = widths(cfg)
+    return (3 if cfg["mlp"] == "swiglu" else 2) * C * F
 
 
 def widths(cfg: Mapping) -> tuple[int, int, int]:
     """(C, F, K) of a complete cfg: of the stream, inside the feed-forward, of all keys together."""
-    kv_heads = cfg["n_kv_heads"] or cfg["n_heads"]
-    return cfg["emb_dim"], cfg["ff_dim"] or 4 * cfg["emb_dim"], cfg["emb_dim"] // cfg["n_heads"] * kv_heads
+    C, kv_heads = cfg["emb_dim"], cfg["n_kv_heads"] or cfg["n_heads"]
+    usual = swiglu_width(C) if cfg["mlp"] == "swiglu" else 4 * C
+    return C, cfg["ff_dim"] or usual, C // cfg["n_heads"] * kv_heads

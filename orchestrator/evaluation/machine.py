@@ -2,12 +2,17 @@
 
 import os
 import platform
+import shutil
+import subprocess
 from dataclasses import replace
 
 import torch
+from torch.nn import attention as torch_attention
 
 from CMHA.choosing import attention_report, detect_device_type
 from CMHA.implementations import IMPLEMENTATIONS
+from CMHA.implementations.flash_triton import interpreted
+from CMHA.packages import find
 
 
 def describe_machine(device: str = "cpu") -> list[str]:
@@ -30,7 +35,45 @@ def machine_facts(device: str = "cpu") -> dict:
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()}, {platform.machine()}",
         "versions": attention_report()["versions"],
+        "triton_runs": triton_runs(),
+        **({"gpu": gpu_facts(device)} if kind == "cuda" else {}),
     }
+
+
+def triton_runs() -> str | None:
+    """How our kernels would run in this process: by Triton's "compiler" or its "interpreter"; None: no triton.
+
+    Triton decides at its first import, by TRITON_INTERPRET, and keeps to it.
+    """
+    return None if not find("triton").available else "interpreter" if interpreted() else "compiler"
+
+
+def gpu_facts(device: str = "cuda") -> dict:
+    """What a figure taken on an NVIDIA GPU must be read with. JSON-ready. Written without a GPU, and not run."""
+    properties = torch.cuda.get_device_properties(device)
+    which_flash = getattr(torch_attention, "current_flash_attention_impl", lambda: None)
+    return {
+        "name": properties.name,
+        "capability": [properties.major, properties.minor],
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "driver": driver_version(),
+        "cudnn": torch.backends.cudnn.version(),
+        "flash_of_sdpa": which_flash() or "FA2",  # the default of torch's op, unless another was activated
+    }
+
+
+def driver_version() -> str | None:
+    """NVIDIA's driver; None where there is no nvidia-smi to ask."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    asked = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(said.split()), None)
 
 
 def cpu_name() -> str:

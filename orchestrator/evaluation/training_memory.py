@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from CMHA.implementations.flash_tiled import BLOCK_SIZE
-from orchestrator.evaluation.estimates import block_matrices, count_parameters, widths
+from orchestrator.evaluation.estimates import block_matrices, count_parameters, feed_forward_matrices, widths
 from orchestrator.evaluation.training_step import TrainingStep, block_activations, kept_by
 
 PARTS = {
@@ -88,10 +88,12 @@ def block_moments(step: TrainingStep, block: int, name: str) -> list[Moment]:
     later = 4 * step.cfg["vocab_size"] * C + (step.cfg["n_layers"] - 1 - block) * 4 * block_parameters(step.cfg)
     below = _below(step, block)
     short_gradient = copied * F * C  # of a matrix, before autocast's copy into 4 bytes
+    # GELU's gradient takes the place of what it read; a gate's product hands on two, while its own is still there.
+    inner = (2 if step.cfg["mlp"] == "swiglu" else 1) * s * BT * F
     found = [
         _moment(step, f"{name}, feed-forward, backward", gradients=later + 4 * F * C, activations=below + whole,
-                temporary=(4 + copied) * BT * C + s * BT * F + short_gradient),
-        _moment(step, f"{name}, attention, backward", gradients=later + 4 * (2 * F * C + C * C),
+                temporary=(4 + copied) * BT * C + inner + short_gradient),
+        _moment(step, f"{name}, attention, backward", gradients=later + 4 * (feed_forward_matrices(step.cfg) + C * C),
                 activations=below + attention, temporary=4 * BT * C + _attention_backward(step)),
     ]  # fmt: skip
     if step.attention == "eager":
@@ -99,9 +101,10 @@ def block_moments(step: TrainingStep, block: int, name: str) -> list[Moment]:
         # before it. Queries, keys and values stand there twice, the table of the mask too.
         tables = 5 if step.has_dropout else 3
         again = step.activation_checkpointing
+        normed = s * BT * C + 4 * BT * C * step.rms_norm_in_parts
         found.append(
             _moment(step, f"{name}, attention, forward{' again' * again}", gradients=later * again,
-                    activations=below + 4 * BT * C + s * BT * C + s * BT * (C + 2 * K) + 3 * s * BT * C,
+                    activations=below + 4 * BT * C + normed + s * BT * (C + 2 * K) + 3 * s * BT * C,
                     temporary=tables * step.pairs * step.softmax_size + 2 * step.tokens**2 + 4 * BT * C * again)
         )  # fmt: skip
     return found
@@ -157,8 +160,9 @@ def _below(step: TrainingStep, block: int) -> int:
     s, BT, (C, _, _) = step.size, step.rows, widths(step.cfg)
     kept = 4 * BT * C if step.activation_checkpointing else kept_by(block_activations(step))
     masks = BT * C * (1 if step.device == "cuda" else 4) * step.has_dropout  # of the embeddings' dropout
-    top = (4 + s) * BT * C + 8 * BT if block == step.cfg["n_layers"] else 0
-    return masks + block * kept + top
+    norm = 4 * BT * C * step.rms_norm_in_parts + (4 if step.cfg["norm"] == "rmsnorm" else 8) * BT
+    top = (4 + s) * BT * C + norm if block == step.cfg["n_layers"] else 0
+    return masks + step.angles + block * kept + top
 
 
 def _attention_backward(step: TrainingStep) -> int:

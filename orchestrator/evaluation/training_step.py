@@ -3,6 +3,12 @@
 Letters: B sequences of T tokens, BT their product; C emb_dim, F ff_dim, K width of all keys, H heads; s bytes of a
 number that matrix products read: 4 in fp32, 2 under autocast to bf16 or fp16. The stream x has 4 bytes always. When all
 of it is alive together with what else there is, `training_memory.py` adds up.
+
+The variants, as torch 2.13 computes them: RMSNorm is one kernel on CUDA, which keeps less than LayerNorm's; on a CPU it
+is several operations, which keep more: the vector before it is multiplied with the weights. SwiGLU keeps four vectors
+of width F. Rotary positions keep turned queries and keys *beside* the others, where the kernel is fused: the values are
+a part of the same matrix product and keep it alive. What is turned lies in memory head by head, the result does as its
+queries do, and so merging the heads is a copy.
 """
 
 from collections.abc import Mapping
@@ -86,6 +92,16 @@ class TrainingStep:
         return self.cfg["drop_rate"] > 0
 
     @property
+    def rms_norm_in_parts(self) -> bool:
+        """Whether RMSNorm is computed in several operations, each of which keeps what it read: on a CPU."""
+        return self.cfg["norm"] == "rmsnorm" and self.device == "cpu"
+
+    @property
+    def angles(self) -> int:
+        """Bytes of the cosines and sines of rotary positions, T x D / 2 of each: one table for all blocks."""
+        return 4 * self.tokens * self.cfg["emb_dim"] // self.cfg["n_heads"] * (self.cfg["positions"] == "rope")
+
+    @property
     def has_tables(self) -> bool:
         """Whether the weights of attention stand in memory as (B, H, T, T)."""
         return self.attention == "eager" or self.plain_sdpa
@@ -122,20 +138,38 @@ def block_activations(step: TrainingStep) -> dict[str, Term]:
     """What one block keeps for its backward pass, by what it is: bytes, and the formula that they follow."""
     cfg, s, BT = step.cfg, step.size, step.rows
     C, F, K = widths(cfg)
-    kept = {
-        "attention: its input x": Term(4 * BT * C, "4 B T C"),
-        "attention: the norm's result": Term(s * BT * C, "s B T C"),
-        "attention: queries, keys, values": Term(s * BT * (C + 2 * K), "s B T (C + 2 K)"),
-        "attention: its result": Term(s * BT * C, "s B T C"),
-        "feed-forward: its input x": Term(4 * BT * C, "4 B T C"),
-        "feed-forward: the norm's result": Term(s * BT * C, "s B T C"),
-        "feed-forward: before and after GELU": Term(2 * s * BT * F, "2 s B T F"),
-        "mean and deviation of both norms": Term(16 * BT, "16 B T"),
+    rope, swiglu = cfg["positions"] == "rope", cfg["mlp"] == "swiglu"
+    norm = {"the norm's, before its weight": Term(4 * BT * C, "4 B T C")} if step.rms_norm_in_parts else {}
+    # Of short numbers autocast makes a copy for each matrix that reads them.
+    copies = 2 if swiglu and s < 4 else 1
+    attention = {
+        "its input x": Term(4 * BT * C, "4 B T C"),
+        **norm,
+        "the norm's result": Term(s * BT * C, "s B T C"),
+        "queries, keys, values": Term(s * BT * (C + 2 * K), "s B T (C + 2 K)"),
+        **({"turned queries and keys": Term(s * BT * (C + K), "s B T (C + K)")} if rope else {}),
+        "its result": Term(s * BT * C, "s B T C"),
+        **({"its result, heads merged": Term(s * BT * C, "s B T C")} if rope else {}),
     }
+    feed_forward = {
+        "its input x": Term(4 * BT * C, "4 B T C"),
+        **norm,
+        "the norm's result": Term(copies * s * BT * C, "2 s B T C" if copies == 2 else "s B T C"),
+        **({"gate, SiLU, up, product": Term(4 * s * BT * F, "4 s B T F")} if swiglu else
+           {"before and after GELU": Term(2 * s * BT * F, "2 s B T F")}),
+    }  # fmt: skip
+    kept = {f"attention: {what}": term for what, term in attention.items()}
+    kept |= {f"feed-forward: {what}": term for what, term in feed_forward.items()}
+    if cfg["norm"] == "rmsnorm":
+        kept["root mean square of both norms"] = Term(8 * BT, "8 B T")
+    else:
+        kept["mean and deviation of both norms"] = Term(16 * BT, "16 B T")
     if step.has_tables:
         # Contiguous copies with every head by itself; sdpa's plain formula makes them in fp32.
         copied = 4 if step.plain_sdpa else s
         kept["attention: queries, keys, values"] = Term(3 * copied * BT * C, f"{3 * copied} B T C")
+        for already_there in ("attention: turned queries and keys", "attention: its result, heads merged"):
+            kept.pop(already_there, None)
         # Softmax keeps its result, the product with the values what it reads: eager hides or drops in between.
         each = step.softmax_size + copied + step.has_dropout * step.mask_size
         kept["attention: tables"] = Term(each * step.pairs, f"{each} B H T T")
@@ -147,7 +181,8 @@ def block_activations(step: TrainingStep) -> dict[str, Term]:
         mask = 1 if step.device == "cuda" else s
         kept["dropout on what is added to x"] = Term(2 * mask * BT * C, f"{2 * mask} B T C")
     if s < 4:  # autocast makes them in each pass
-        kept["the block's weights in the short dtype"] = Term(s * block_matrices(cfg), "s (C (C + 2 K) + C C + 2 C F)")
+        formula = f"s (C (C + 2 K) + C C + {3 if swiglu else 2} C F)"
+        kept["the block's weights in the short dtype"] = Term(s * block_matrices(cfg), formula)
     return kept
 
 

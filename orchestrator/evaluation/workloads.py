@@ -38,7 +38,7 @@ class Workload:
         model: a preset. vocab_size: another than the preset's.
         batch, tokens: of a training step.
         prompt, new_tokens: of a generation, one text at a time.
-        changes: further keys of the cfg.
+        changes: further keys of the cfg, such as {"norm": "rmsnorm"}.
     """
 
     model: str

@@ -13,7 +13,7 @@ STATE_FILE = "state.json"  # of a checkpoint
 
 
 def save_final(model: GPTModel, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the weights as `from_pretrained` and transformers open them, and what makes the tokenizer again."""
+    """Write the weights as `save_pretrained` does, and what makes the tokenizer again."""
     model.save_pretrained(folder)
     replace_text(folder / TOKENIZER_FILE, json.dumps(tokenizer_facts(tokenizer), ensure_ascii=False, indent=1) + "\n")
 

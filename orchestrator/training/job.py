@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from CMHA.choosing import attention_report
+from GPT2Model.config import KEYS
 from GPT2Model.files import replace_text
 from GPT2Model.generation import generate
 from GPT2Model.gpt2 import GPTModel
@@ -27,7 +28,7 @@ from orchestrator.training.final import save_final
 from orchestrator.training.job_model import cfg_of, make_model, weights_folder
 from orchestrator.training.job_process import alone_in, stop_signal
 from orchestrator.training.loop import History, start, train
-from orchestrator.training.options import SETTINGS_FILE, Options, run_folder, save_options
+from orchestrator.training.options import SETTINGS_FILE, SHAPE, Options, run_folder, save_options
 from orchestrator.training.precision import resolve_dtype
 from orchestrator.training.settings import TrainSettings
 from orchestrator.training.state import TrainState
@@ -135,7 +136,7 @@ def assemble(options: Options) -> Job:
     sizes = cfg_of(options)
     options = replace(options, out=str(out), max_length=options.max_length or sizes["context_length"], device=device)
     if not Path(options.model).is_dir():  # what the preset decided, for those who read the settings
-        decided = ("n_layers", "n_heads", "emb_dim", "drop_rate", "attn_implementation")
+        decided = (*SHAPE, "drop_rate", "attn_implementation")
         options = replace(options, use_flash_attention=False, **{name: sizes[name] for name in decided})
     settings = options.train_settings(sizes["emb_dim"], options.max_length, device)
     settings = replace(settings, dtype=resolve_dtype(settings.dtype, device))
@@ -211,7 +212,7 @@ def say_what_happens(job: Job) -> None:
     model, settings = job.model, job.settings
     for line in describe_machine(job.device):
         print(line)
-    print(f"model: {job.options.model}, {model.num_parameters():,} parameters, sequences of {job.max_length} tokens")
+    print(f"model: {called(job)}, {model.num_parameters():,} parameters, sequences of {job.max_length} tokens")
     print(f"data: {job.samples.describe()}")
     for line in describe_attention(model):
         print(line)
@@ -221,6 +222,15 @@ def say_what_happens(job: Job) -> None:
         f"{settings.dtype}, {settings.optimizer}, learning rate {settings.learning_rate:.2g}"
     )
     print(f"folder: {job.out}", flush=True)
+
+
+def called(job: Job) -> str:
+    """The model in a few words: what was asked for, and what in it is not as in GPT-2."""
+    cfg = job.model.cfg
+    others = [cfg[name] for name in ("norm", "mlp", "positions") if cfg[name] != KEYS[name].default]
+    if cfg["n_kv_heads"] not in (None, cfg["n_heads"]):
+        others.append(f"n_kv_heads {cfg['n_kv_heads']}")
+    return f"{job.options.model} with {', '.join(others)}" if others else job.options.model
 
 
 def watchers(job: Job, state: TrainState) -> Watch:
@@ -306,7 +316,7 @@ def draw(job: Job) -> None:
     """The figures of the run. That they cannot be written costs nothing but themselves."""
     try:
         figures = save_run_figures(
-            job.out / "metrics.jsonl", job.out / "figures", title=f"{job.options.model} on {job.samples.name}",
+            job.out / "metrics.jsonl", job.out / "figures", title=f"{called(job)} on {job.samples.name}",
             floor=floor_of(job), clip=job.settings.clip,
         )  # fmt: skip
         print(f"figures: {', '.join(str(path) for path in figures)}")

@@ -9,7 +9,7 @@ from GPT2Model.gpt2 import GPTModel
 from orchestrator.attention_option import requested_attention
 from orchestrator.text.tokenizers import Tokenizer, fingerprint
 from orchestrator.training.final import tokenizer_in
-from orchestrator.training.options import SETTINGS_FILE, Options
+from orchestrator.training.options import SETTINGS_FILE, SHAPE, Options
 
 
 def weights_folder(model: str) -> str:
@@ -30,13 +30,13 @@ def cfg_of(options: Options) -> dict:
         "disable_mps_fix": options.disable_mps_fix,
     }
     changes = {"context_length": options.max_length, "drop_rate": options.drop_rate}
-    changes |= {name: getattr(options, name) for name in ("n_layers", "n_heads", "emb_dim")}
+    changes |= {name: getattr(options, name) for name in SHAPE}
     changes = {name: value for name, value in changes.items() if value is not None}
     if changes.get("context_length", 1) < 1:
         raise ValueError(f"--max_length must be 1 token or more, got {options.max_length}.")
     if not Path(options.model).is_dir():
         return from_preset(options.model, **{"drop_rate": 0.0} | changes, **attention)
-    fixed = sorted(changes.keys() & {"n_layers", "n_heads", "emb_dim"})
+    fixed = sorted(changes.keys() & set(SHAPE))
     if fixed:
         raise ValueError(
             f"--model {options.model} is a folder with weights: {', '.join(fixed)} are theirs, leave them out."

@@ -8,7 +8,8 @@ the head has weights of its own), since these are looked up. 2 FLOPs for each fo
 attention, the two products Q K^T and weights x values: L layers, C wide, T tokens, with the half of the T x T table
 that a causal mask leaves, as llm.c counts. nanoGPT counts the whole table, 12 L C T: a higher MFU for one run.
 
-What is computed again (activation checkpointing, the loss in chunks) does not count: it is not the model's work.
+What is computed again (activation checkpointing, the loss in chunks) does not count: it is not the model's work. Nor do
+additions, norms, activations, and the turning of rotary positions.
 Source: "PaLM: Scaling Language Modeling with Pathways" (Chowdhery et al., 2022), appendix B.
 """
 
@@ -105,9 +106,10 @@ def explain(cfg: Mapping, tokens: int, peak: Peak) -> str:
     """One line to print wherever an MFU stands: the formula, its numbers, and the peak."""
     cfg = complete(cfg)
     per_token = flops_per_token(cfg, tokens)
+    without = " without position embeddings" if cfg["positions"] == "learned" else ""
     return (
-        f"MFU = tokens/s x (6 N + 6 L C T) / peak: N = {multiplied_parameters(cfg):,} parameters without position "
-        f"embeddings, L = {cfg['n_layers']}, C = {cfg['emb_dim']}, T = {tokens}, attention causal: "
+        f"MFU = tokens/s x (6 N + 6 L C T) / peak: N = {multiplied_parameters(cfg):,} parameters{without}, "
+        f"L = {cfg['n_layers']}, C = {cfg['emb_dim']}, T = {tokens}, attention causal: "
         f"{per_token / 1e9:.4g} GFLOP a token; peak {peak.flops / 1e12:.4g} TFLOP/s, {peak.name} ({peak.source})"
     )
 

@@ -17,6 +17,8 @@ import tyro
 from GPT2Model.files import replace_text
 from orchestrator.training.settings import TrainSettings
 
+# Options that decide the shape of fresh weights, under the names of the cfg dict; a folder's weights have theirs.
+SHAPE = ("n_layers", "n_heads", "emb_dim", "n_kv_heads", "norm", "mlp", "positions")
 SETTINGS_FILE = "settings.toml"  # in the folder of a run: what it was told, and what followed
 EXIT_CODES = (
     "Exit codes: 0 trained; 1 the loss was no number any more, or the last save failed; 2 the command or its input was "
@@ -49,6 +51,14 @@ class Options:
     n_heads: int | None = None
     # another width than the preset's
     emb_dim: int | None = None
+    # key-value heads, each shared by a group of heads; must divide the number of heads; None: as many as heads
+    n_kv_heads: int | None = None
+    # what normalises: layernorm (GPT-2) or rmsnorm; None: the model's
+    norm: str | None = None
+    # the feed-forward layer: gelu (GPT-2) or swiglu; None: the model's
+    mlp: str | None = None
+    # learned (GPT-2: a vector is added to the embedding) or rope (queries and keys are turned); None: the model's
+    positions: str | None = None
     # dropout; None: 0 for fresh weights, which see a text about once, and for a folder's what its model has
     drop_rate: float | None = None
 

@@ -65,7 +65,7 @@ def differences(saved: Mapping, asked: Mapping) -> Differences:
         elif group == "settings":
             add_settings(found, before, now)
         elif group == "options":
-            told = {*saved, *saved.get("cfg", {}), *saved.get("settings", {}), *OF_THE_COMMAND, "model"}
+            told = {*KEYS, *saved, *saved.get("cfg", {}), *saved.get("settings", {}), *OF_THE_COMMAND, "model"}
             add_settings(
                 found, *({k: v for k, v in part.items() if k not in told} for part in (before, now)), same_data
             )

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from GPT2Model.pretrained import hugging_face_form, misfits, write_form
+from GPT2Model.pretrained import folder_form, misfits, write_form
 from GPT2Model.weight_formats import fit_heads, our_names
 from orchestrator.training.rng import random_states, restore_random_states
 from orchestrator.training.same_run import cfg_differences, other_run, phrase_of
@@ -69,7 +69,7 @@ def take_copy(state: TrainState, facts: Mapping) -> Copy:
         "versions": versions(),
     }
     memory = {name: to_cpu(value) for name, value in optimizer_memory(state).items()}
-    return Copy(state.counters.step, *hugging_face_form(state.model), memory, random_states(), record)
+    return Copy(state.counters.step, *folder_form(state.model), memory, random_states(), record)
 
 
 def to_cpu(tensor: Tensor) -> Tensor:

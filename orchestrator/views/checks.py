@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from GPT2Model.trace_diff import ROUNDING
 from GPT2Model.trace_values import Trace
 
-SIZES = ("vocab_size", "emb_dim", "n_layers", "n_heads")
+SIZES = ("vocab_size", "emb_dim", "n_layers", "n_heads", "norm", "mlp", "positions")
 
 
 def kind_of(thing) -> str:
@@ -49,7 +49,8 @@ def check_model(model, trace: Trace) -> None:
     """
     if not is_model(model):
         raise TypeError(f"model is the GPTModel that was traced; got {kind_of(model)}.")
-    theirs = {name: (trace.cfg[name], model.cfg[name]) for name in SIZES if trace.cfg[name] != model.cfg[name]}
+    sizes = ((name, trace.cfg.get(name), model.cfg.get(name)) for name in SIZES)
+    theirs = {name: (traced, here) for name, traced, here in sizes if traced != here}
     if theirs:
         sizes = ", ".join(f"{name} {traced} (this model: {here})" for name, (traced, here) in theirs.items())
         raise ValueError(f"the trace is of another model, with {sizes}: pass the model that was traced, or none.")

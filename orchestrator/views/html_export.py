@@ -55,7 +55,8 @@ def export_html(trace, path, model=None, tokenizer=None, *, sequence: int = 0, b
 def page_of(data: dict) -> str:
     """The whole page of `trace_data`, as text."""
     page = files("orchestrator.views").joinpath("explorer.html").read_text(encoding="utf-8")
-    title = f"Inside GPT-2: {data['text'][:60]}".encode("utf-8", "replace").decode()  # half a character
+    model = "a variant of GPT-2" if data["unlike_gpt2"] else "GPT-2"
+    title = f"Inside {model}: {data['text'][:60]}".encode("utf-8", "replace").decode()  # half a character
     parts = {"@@POLICY@@": policy(page), "@@TITLE@@": html.escape(title), "@@DATA@@": in_script(data)}
     return re.sub("|".join(parts), lambda found: parts[found[0]], page)  # one pass: a text with @@DATA@@ in it is safe
 

@@ -144,6 +144,8 @@ def score_steps(trace, layer: int, head: int, sequence: int = 0) -> Figure:
         (masked, by_score, "2. masked scores\nhidden keys: the lowest number there is", "score"),
         (weights, {"cmap": "Blues", "vmin": 0, "vmax": 1}, "3. weights\nsoftmax: each row sums to 1", "weight"),
     )
+    if trace.cfg.get("positions") == "rope":
+        steps = ((*steps[0][:2], "1. scores\nturned queries · turned keys / sqrt(head_dim)", "score"), *steps[1:])
     side = max(3.4, 0.17 * len(words))
     figure = Figure(figsize=(3 * (side + 1.0) + 0.4, side + 1.7), layout="constrained")
     note = made_afterwards(trace, names[-1])

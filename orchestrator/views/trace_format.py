@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from GPT2Model.weight_formats import unlike_gpt2
 from orchestrator.views.checks import check_model, check_tokenizer, check_trace
 from orchestrator.views.trace_figures import hidden_keys
 
@@ -95,6 +96,7 @@ def trace_data(trace, model=None, tokenizer=None, sequence: int = 0, *, bits: in
         "format": FORMAT,
         "version": VERSION,
         "cfg": dict(trace.cfg),
+        "unlike_gpt2": unlike_gpt2(trace.cfg),
         "ids": ids,
         "tokens": list(trace.tokens[sequence]),
         "text": decode(ids),

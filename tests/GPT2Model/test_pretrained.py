@@ -1,12 +1,14 @@
 """Weights in and out: a damaged or foreign checkpoint says what is wrong, and a save never breaks what was there."""
 
 import json
+import logging
 import os
 import pickle
 
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from GPT2Model import pretrained
@@ -283,6 +285,108 @@ def test_config_json_tells_transformers_the_whole_shape(build, tmp_path):
     }  # fmt: skip
     assert {field: config[field] for field in expected} == expected
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+
+
+# --- what is no GPT-2 --------------------------------------------------------------------------------
+
+VARIANTS = {
+    "rmsnorm": {"norm": "rmsnorm"},
+    "swiglu": {"mlp": "swiglu"},
+    "rope": {"positions": "rope"},
+    "all": {"norm": "rmsnorm", "mlp": "swiglu", "positions": "rope", "n_kv_heads": 1},
+    "all, untied, without biases": {"norm": "rmsnorm", "mlp": "swiglu", "positions": "rope", "n_kv_heads": 1,
+                                    "tie_weights": False, "qkv_bias": False, "ff_dim": 44},
+}  # fmt: skip
+GPT2S = {"norm": "layernorm", "mlp": "gelu", "positions": "learned"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["fp32", "fp64", "bf16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_is_saved_under_our_own_names_and_opens_bit_for_bit(
+    variant, dtype, build, tmp_path, random_ids, caplog
+):
+    model, ids = build(dtype, **VARIANTS[variant]), random_ids(2, 24)
+    with caplog.at_level(logging.WARNING, "GPT2Model"):
+        model.save_pretrained(tmp_path)
+    others = {name: value for name, value in VARIANTS[variant].items() if name in GPT2S}
+    for name, value in others.items():  # every key that is why, in the log and in the file
+        phrase = f"{name}={value!r}, where GPT-2 has {GPT2S[name]!r}"
+        assert phrase in caplog.text
+        assert phrase in json.loads((tmp_path / "config.json").read_text())["n_layer"]
+    assert caplog.text.count("where GPT-2 has") == len(others)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "gpt2-from-scratch"
+    assert "transformers does not open" in caplog.text
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert set(load_file(tmp_path / "model.safetensors")) == {
+        name for name in model.state_dict() if name != "head.weight" or not model.cfg["tie_weights"]
+    }
+    again = GPTModel.from_pretrained(tmp_path)
+    assert again.cfg == model.cfg
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert {tensor.dtype for tensor in again.state_dict().values()} == {dtype}
+    assert same_weights(again, model)
+    with torch.no_grad():
+        assert torch.equal(again(ids), model(ids))
+
+
+def test_a_gpt2_is_saved_in_silence_as_before(build, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "GPT2Model"):
+        build(n_kv_heads=1, tie_weights=False).save_pretrained(tmp_path)
+    assert caplog.text == ""
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "gpt2"
+
+
+@pytest.mark.parametrize("opener", ["AutoModelForCausalLM", "GPT2LMHeadModel", "AutoConfig"])
+@pytest.mark.parametrize("variant", ["rmsnorm", "all"])
+def test_transformers_refuses_a_variant_and_never_draws_weights_at_random(variant, opener, build, tmp_path):
+    build(torch.float32, **VARIANTS[variant]).save_pretrained(tmp_path)
+    with pytest.raises(Exception, match=r"gpt2-from-scratch|this is no GPT-2: norm='rmsnorm'"):
+        getattr(transformers, opener).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [
+    {"norm": "layernorm"}, {"mlp": "gelu"}, {"positions": "learned"}, {"n_kv_heads": 5}, {"n_heads": 3}, {"ff_dim": 81},
+], ids=str)  # fmt: skip
+def test_a_variant_s_folder_is_not_opened_as_another_model(changes, build, tmp_path):
+    build(**VARIANTS["all"]).save_pretrained(tmp_path)
+    assert "does not fit the cfg dict" in refused(tmp_path, changes) or "says n_heads=5" in refused(tmp_path, changes)
+    assert GPTModel.from_pretrained(tmp_path, {"use_flash": False}).attention_report()["chosen"] == "eager"
+
+
+@pytest.mark.parametrize("changes", [VARIANTS["rmsnorm"], VARIANTS["swiglu"], VARIANTS["rope"]], ids=str)
+def test_the_weights_of_a_gpt2_are_not_opened_as_a_variant(changes, folder, build):
+    assert "does not fit the cfg dict" in refused(folder, changes)
+    assert "does not fit the cfg dict" in refused(build().state_dict(), build().cfg | changes)
+
+
+def test_the_folder_of_a_rope_model_opens_with_a_longer_context(build, tmp_path, random_ids):
+    """No weight knows how long a text may be: the same numbers where both can read it."""
+    model, ids = build(**VARIANTS["rope"]), random_ids(2, 24)
+    model.save_pretrained(tmp_path)
+    longer = GPTModel.from_pretrained(tmp_path, {"context_length": 48})
+    with torch.no_grad():
+        assert torch.equal(longer(ids), model(ids))
+        assert longer(random_ids(1, 48)).isfinite().all()
+
+
+def test_a_config_of_ours_with_something_else_in_it_is_refused_by_name(build, tmp_path):
+    build(**VARIANTS["all"]).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "rope_scaling": {"factor": 8}, "window": 4}))
+    assert "unknown here: rope_scaling, window" in refused(tmp_path)
+    file.write_text(json.dumps({key: value for key, value in config.items() if key != "gpt2_from_scratch_cfg"}))
+    assert "gpt2_from_scratch_cfg is missing" in refused(tmp_path)
+    file.write_text(json.dumps({**config, "gpt2_from_scratch_cfg": {**build().cfg, "norm": "batchnorm"}}))
+    assert "'norm' must be 'layernorm' or 'rmsnorm'" in refused(tmp_path)
+
+
+def test_a_llama_is_refused_by_the_name_of_its_type(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=61, **sizes)).save_pretrained(tmp_path)
+    message = refused(tmp_path)
+    assert "model_type = 'llama', where only 'gpt2' is computed here" in message
+    assert "hidden_size = 32 is unknown here" in message
 
 
 def test_the_presets_of_openai_s_sizes_are_names_on_the_hub():

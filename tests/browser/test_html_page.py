@@ -388,3 +388,22 @@ def test_the_theme_follows_the_system_until_it_is_chosen(open_page):
     *colour, opaque = page.evaluate(cell)
     assert sum(colour) < 150  # a weight near 0: the page's dark, not white
     assert opaque == 255
+
+
+def test_of_a_variant_the_page_says_what_is_not_as_in_gpt2(open_page, tmp_path):
+    torch.manual_seed(0)
+    changes = {"norm": "rmsnorm", "mlp": "swiglu", "positions": "rope", "n_kv_heads": 2}
+    model = GPTModel(from_preset("nano", init_std=0.2, **changes)).eval()
+    traced = trace(model, TEXT[:24], recompute=True)
+    page = open_page(file=export_html(traced, tmp_path / "variant.html", model))
+    expect(page.locator("#heading")).to_contain_text("Inside a variant of GPT-2: ")
+    about = page.locator("#about")
+    expect(about).to_contain_text("2 layers of 4 heads, 2 of keys and values, width 128")
+    for phrase in ("norm='rmsnorm', where GPT-2 has 'layernorm'", "mlp='swiglu'", "positions='rope'"):
+        expect(about).to_contain_text(phrase)
+
+
+def test_of_gpt2_the_page_names_no_variant(open_page):
+    page = open_page()
+    expect(page.locator("#heading")).to_contain_text("Inside GPT-2: ")
+    expect(page.locator("#about")).not_to_contain_text("Not GPT-2")

@@ -15,7 +15,7 @@ from CMHA.implementations import IMPLEMENTATIONS, eager, flex_attention, sdpa
 from CMHA.request import Reason
 from orchestrator.cli import main
 from orchestrator.evaluation import memory_guard
-from orchestrator.evaluation.attention_bench import Bench, Row, growth, run_bench, spread
+from orchestrator.evaluation.attention_bench import Bench, Row, growth, run_bench, spread, summarise
 from orchestrator.evaluation.cases import Case
 from orchestrator.evaluation.parity import serves
 
@@ -41,7 +41,7 @@ def fake(function: Callable, refuses_gradients: bool = False):
     """An implementation in the registry's form."""
     reason = Reason("needs_grad", "it has no backward pass", "use sdpa")
     return SimpleNamespace(
-        SUMMARY="a fake", ALIASES=(), attention=function,
+        __name__="fake", SUMMARY="a fake", ALIASES=(), attention=function,
         check=lambda request: [reason] if refuses_gradients and request.needs_grad else [],
     )  # fmt: skip
 
@@ -170,8 +170,8 @@ def test_in_each_round_every_implementation_runs_once_in_changing_order():
     plan = Bench({name: recorded(name) for name in names}, [16], repeats=9, forward_only=True)
     ticks = []
     _, rounds = run_bench(plan, lambda doing, count: ticks.append(count))
-    assert calls[:3] == names  # the warm-up
-    turns = [calls[3 + 3 * i : 6 + 3 * i] for i in range(9)]
+    assert calls[:6] == ["a", "a", "b", "b", "c", "c"]  # the warm-up, and the look at the errors
+    turns = [calls[6 + 3 * i : 9 + 3 * i] for i in range(9)]
     assert all(sorted(turn) == names for turn in turns)
     assert turns == [list(found["seconds"]) for found in rounds]
     assert len({tuple(turn) for turn in turns}) >= 3
@@ -186,22 +186,122 @@ def test_the_call_is_the_layers_own_causal_and_without_dropout():
 
     def attention(queries, keys, values, mask, *, scale, dropout):
         calls.append((mask.is_plain_causal, dropout, scale, tuple(queries.shape), torch.is_grad_enabled()))
-        assert keys.shape == values.shape == (2, 2, 16, 64)
+        assert keys.shape == values.shape == (len(queries), 2, 16, 64)
         assert queries.transpose(1, 2)[0, 0].is_contiguous()  # tokens before heads, as the projection leaves them
         assert not queries.is_contiguous()
         return sdpa.attention(queries, keys, values, mask, scale=scale, dropout=dropout)
 
     run_bench(Bench({"a": fake(attention)}, [16], batch=2, kv_heads=2, repeats=1))
     forward, backward = ((True, 0.0, 64**-0.5, (2, 4, 16, 64), gradients) for gradients in (False, True))
-    assert calls == [
-        forward,
-        backward,
-        forward,
-        backward,
-        forward,
-        backward,
-        forward,
-    ]  # warm-up, round, memory, new mask
+    looked_at = (True, 0.0, 64**-0.5, (1, 4, 16, 64), True)
+    # The warm-up, the look at the errors, a round, the memory, and a forward pass with a new mask.
+    assert calls == [forward, backward, looked_at, forward, backward, forward, backward, forward]
+
+
+def test_tokens_hold_the_size_of_a_call_and_a_full_mask_hides_nothing():
+    shapes = []
+
+    def attention(queries, keys, values, mask, *, scale, dropout):
+        shapes.append((len(queries), queries.shape[2], mask.hides_nothing))
+        return sdpa.attention(queries, keys, values, mask, scale=scale, dropout=dropout)
+
+    plan = Bench({"a": fake(attention)}, [16, 32, 64], tokens=40, causal=False, repeats=1, forward_only=True)
+    rows, _ = run_bench(plan)
+    assert [row.not_measured for row in rows] == [None] * 3
+    assert shapes[0::5] == [(2, 16, True), (1, 32, True), (1, 64, True)]
+
+
+# ---- what is wrong, what does not fit, and how fast the rest is
+
+
+@pytest.mark.parametrize("wrong", ["context", "dK"])
+def test_an_implementation_that_is_wrong_is_not_timed(wrong):
+    def attention(queries, keys, values, mask, *, scale, dropout):
+        if wrong == "dK":  # right numbers, and a gradient that is off by a hundredth
+            keys = keys + 0.01 * (keys - keys.detach())
+        context, _ = sdpa.attention(queries, keys, values, mask, scale=scale, dropout=dropout)
+        return (context * 1.01 if wrong == "context" else context), None
+
+    rows, rounds = run_bench(Bench({"off": fake(attention), "sdpa": sdpa}, [32], repeats=2))
+    off, right = rows
+    assert off.failed
+    assert off.not_measured.startswith(f"ValueError: it is wrong, so it is not timed: {wrong} ")
+    assert off.seconds is None
+    assert all(list(found["seconds"]) == ["sdpa"] for found in rounds)
+    assert right.not_measured is None
+    assert set(right.errors) == {"context", "dQ", "dK", "dV"}
+    assert all(0 <= ratio <= 1 for ratio in right.errors.values())
+
+
+def test_nan_at_full_size_is_seen_where_the_smaller_call_is_right():
+    def attention(queries, keys, values, mask, *, scale, dropout):
+        doubled = values * 1.0
+        if len(queries) > 1 and doubled.requires_grad:
+            doubled.register_hook(lambda gradient: gradient * float("nan"))
+        return sdpa.attention(queries, keys, doubled, mask, scale=scale, dropout=dropout)
+
+    ((row,), _) = run_bench(Bench({"spoiled": fake(attention)}, [16], batch=2, repeats=1))
+    assert row.not_measured == "ValueError: there is NaN or infinity in dV, so it is not timed."
+
+
+def test_running_out_of_memory_is_a_row_that_says_so_and_no_failure(tmp_path, monkeypatch, capsys):
+    def attention(queries, keys, values, mask, *, scale, dropout):
+        if queries.shape[2] > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nand more")
+        return sdpa.attention(queries, keys, values, mask, scale=scale, dropout=dropout)
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "large", fake(attention))
+    names = ["--implementations", "large,sdpa"]
+    assert bench("--lengths", "16,32", "--repeats", "1", "--out", str(tmp_path), *names) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    large = [row for row in rows if row["implementation"] == "large"]
+    assert [row["not_measured"] for row in large] == [
+        None, "out of memory: CUDA out of memory. Tried to allocate 9 GiB."
+    ]  # fmt: skip
+    assert not any(row["failed"] for row in rows)
+    assert [row["not_measured"] for row in rows if row["implementation"] == "sdpa"] == [None, None]
+    assert "not measured: out of memory" in capsys.readouterr().out
+
+
+def made_up(baseline: list, mine: list) -> tuple[list[dict], Row]:
+    """Rounds of two contenders, seconds of the forward pass."""
+    seconds = zip(baseline, mine, strict=True)
+    rounds = [{"seconds": {"base": base and {"forward": base}, "mine": {"forward": own}}} for base, own in seconds]
+    return rounds, Row("mine", 64)
+
+
+def test_the_speed_is_the_baselines_time_over_ones_own_round_by_round():
+    rounds, row = made_up([1.0, 8.0, 3.0], [2.0, 10.0, 2.0])  # 0.5, 0.8, 1.5: the ratio of the medians would be 1.5
+    summarise(row, rounds, ["base", "mine"], "base")
+    assert row.speed["forward"]["median"] == pytest.approx(0.8)
+    assert (row.speed["forward"]["min"], row.speed["forward"]["max"]) == (pytest.approx(0.5), pytest.approx(1.5))
+    assert row.speed["forward_backward"] is None
+    assert row.over_eager == {"forward": None, "forward_backward": None}
+    summarise(row, rounds, ["mine"], "base")  # a baseline that could not be measured
+    assert row.speed == {"forward": None, "forward_backward": None}
+
+
+def test_the_tflops_are_the_formulas_over_the_median_time():
+    (row,), _ = run_bench(Bench({"sdpa": sdpa}, [64], batch=2, heads=3, kv_heads=1, head_dim=16, repeats=3))
+    # Q K^T: 2 FLOPs for each of 64 x 64 x 16, as many for weights x values; 2 x 3 tables; half of it is hidden.
+    forward = (2 + 2) * 64 * 64 * 16 * (2 * 3) / 2
+    assert row.tflops["forward"] == pytest.approx(forward / row.seconds["forward"]["median"] / 1e12)
+    both = row.seconds["forward_backward"]["median"]
+    assert row.tflops["forward_backward"] == pytest.approx((2 + 5) / 2 * forward / both / 1e12)
+
+
+def test_torchs_op_held_to_one_kernel_is_a_contender_and_the_baseline(tmp_path, capsys):
+    names = "sdpa:flash,sdpa:math,eager"
+    arguments = ["--lengths", "32", "--repeats", "2", "--forward_only", "--implementations", names]
+    assert bench(*arguments, "--out", str(tmp_path)) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["settings"]["baseline"] == "sdpa:flash"
+    speeds = {row["implementation"]: row["speed"]["forward"]["median"] for row in results["rows"]}
+    assert speeds["sdpa:flash"] == 1.0
+    assert speeds["sdpa:math"] > 0
+    assert "x sdpa:flash's speed" in capsys.readouterr().out
+    assert bench(*arguments[:-1], "sdpa:cudnn", "--out", str(tmp_path / "new")) == 2
+    assert "torch's cudnn kernel runs on CUDA" in capsys.readouterr().err
 
 
 def test_an_implementation_that_is_added_to_the_registry_appears(tmp_path, monkeypatch, capsys):
@@ -238,7 +338,7 @@ def test_an_implementation_that_raises_fails_the_run_and_the_others_are_measured
     assert rows["breaks"]["not_measured"] == "RuntimeError: no luck"
     assert "the context must be" in rows["narrow"]["not_measured"]
     assert rows["eager"]["not_measured"] is None
-    assert ["breaks" in found["seconds"] for found in results["rounds"]] == [True, True, True]
+    assert ["breaks" in found["seconds"] for found in results["rounds"]] == [True, True, False]
     assert "no luck" in capsys.readouterr().out
 
 
@@ -248,14 +348,14 @@ def test_all_that_is_wrong_is_said_at_once_and_nothing_is_written(tmp_path, monk
     wrong = {
         "--lengths": "16,x", "--batch": "0", "--heads": "many", "--head_dim": "1.5", "--kv_heads": "-1",
         "--dtype": "int8", "--device": "abacus", "--implementations": "eagre,paged_attention", "--repeats": "0",
-        "--seed": "-3", "--out": "taken",
+        "--seed": "-3", "--out": "taken", "--tokens": "0", "--baseline": "sdpa:fast",
     }  # fmt: skip
     assert main(["attention-bench", *(word for pair in wrong.items() for word in pair)]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "error: 12 things are wrong:"
-    assert len(lines) == 13
+    assert lines[0] == "error: 14 things are wrong:"
+    assert len(lines) == 15
     for word in ("--lengths", "--batch", "--heads", "--head_dim", "--kv_heads", "--dtype", "abacus", "'eagre'",
-                 "paged_attention", "--repeats", "--seed", "--out"):  # fmt: skip
+                 "paged_attention", "--repeats", "--seed", "--out", "--tokens", "sdpa:fast"):  # fmt: skip
         assert any(word in line for line in lines[1:]), word
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
@@ -273,6 +373,14 @@ def test_a_named_implementation_that_cannot_serve_is_an_error_with_its_reasons(t
     assert said.startswith("error: flash_attention_2 cannot be measured here: ")
     assert "cpu" in said
     assert not (tmp_path / "new").exists()
+
+
+def test_a_baseline_that_is_not_measured_is_an_error(tmp_path, capsys):
+    arguments = ["--implementations", "eager,sdpa", "--baseline", "flash_tiled", "--out", str(tmp_path / "new")]
+    assert bench(*arguments) == 2
+    assert capsys.readouterr().err == (
+        "error: --baseline flash_tiled is not among what is measured: eager, sdpa. Name it in --implementations too.\n"
+    )
 
 
 def test_json_prints_the_results_and_nothing_else(tmp_path, capsys):

@@ -112,6 +112,22 @@ def test_json_has_every_package_with_the_line_that_installs_it():
         assert (found["install"], found["version"]) == (package.install, packages.find(name).version)
 
 
+@pytest.mark.parametrize(
+    ("value", "runs", "said"),
+    [("0", "compiler", "compiles here, for a GPU"), ("1", "interpreter", "interprets here, since TRITON_INTERPRET=1")],
+)
+def test_of_triton_it_says_the_version_and_whether_it_compiles_or_interprets(value, runs, said):
+    page = run_doctor("--device", "cpu", TRITON_INTERPRET=value).stdout
+    (line,) = [line for line in section(page, "Packages for attention").splitlines() if line.startswith("  triton ")]
+    assert packages.find("triton").version in line
+    assert said in line
+    assert max(len(line) for line in page.splitlines() if len(line.split()) > 1) <= 100
+    served = re.search(r"^  flash_triton +(\w+)", page, flags=re.M)[1]
+    assert served == {"compiler": "sdpa", "interpreter": "flash_triton"}[runs]
+    facts = json.loads(run_doctor("--json", "--device", "cpu", TRITON_INTERPRET=value).stdout)
+    assert facts["packages"]["triton"]["runs"] == runs
+
+
 @pytest.mark.parametrize("wrong", [["--device", "banana"], ["--dtype", "int8"], ["--jsonn"]])
 def test_a_wrong_argument_is_exit_code_2(wrong, capsys):
     with pytest.raises(SystemExit) as stopped:

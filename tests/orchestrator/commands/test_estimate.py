@@ -59,6 +59,49 @@ def test_the_formula_of_the_flops_is_the_one_that_is_computed(capsys):
     assert eval(product, {}, letters) * 200 == estimates.forward_flops(from_preset("gpt2"), 1, 200)
 
 
+VARIANTS = ("--norm", "rmsnorm", "--mlp", "swiglu", "--positions", "rope", "--n_kv_heads", "4")
+
+
+def test_the_variants_can_be_asked_for_and_every_formula_is_theirs(capsys):
+    run("--model", "gpt2", "--device", "T4", "--max_length", "200", *VARIANTS)
+    page = capsys.readouterr().out
+    assert "not as in GPT-2: norm rmsnorm, mlp swiglu, positions rope" in page
+    assert max(map(len, page.splitlines())) <= 130
+    cfg = from_preset("gpt2", norm="rmsnorm", mlp="swiglu", positions="rope", n_kv_heads=4)
+    rows = {what: (number, formula) for what, number, formula in re.findall(
+        r"^  (\S.*?)  +(\S.*?)   (\S.*)$", page, flags=re.MULTILINE)}  # fmt: skip
+    letters = {"L": 12, "C": 768, "K": 256, "F": 2048, "T": 200, "V": 50257}
+    letters["biases"] = 768 + 2 * 256 + 768  # of queries, keys, values; of the projection
+
+    def value_of(what: str) -> int:
+        return eval(re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", rows[what][1].partition(";")[0]), {}, letters)
+
+    parameters = GPTModel(cfg).num_parameters()
+    assert rows["all"][0] == rows["without position embeddings"][0] == f"{parameters:,}"
+    assert value_of("all") == parameters
+    assert rows["position embeddings"] == ("0", "none with rope")
+    assert value_of("a token, forward") * 200 == estimates.forward_flops(cfg, 1, 200)
+    assert "without position embeddings, L" not in " ".join(page.split())
+    found = facts(capsys, "--model", "gpt2", "--device", "T4", "--max_length", "200", *VARIANTS)
+    assert found["kv_cache"] == 2 * 4 * 12 * 8 * 200 * 256
+    assert "feed-forward: gate, SiLU, up, product" in found["block_activations"]
+
+
+@pytest.mark.parametrize("only", [(), VARIANTS[:2], VARIANTS[2:4], VARIANTS[4:6], VARIANTS[6:]], ids=str)
+def test_of_each_variant_alone_the_page_says_what_the_model_has(only, capsys):
+    run("--model", "nano", "--device", "T4", *only)
+    page = capsys.readouterr().out
+    cfg = from_preset("nano", **{key.removeprefix("--"): int(value) if value.isdigit() else value
+                                 for key, value in zip(only[::2], only[1::2], strict=True)})  # fmt: skip
+    number, formula = re.search(r"^  all  +(\S+)   (.*)$", page, flags=re.MULTILINE).groups()
+    C, F, K = estimates.widths(cfg)
+    letters = {"L": 2, "C": C, "K": K, "F": F, "V": 50257, "P": 128}
+    letters["biases"] = C + 2 * K + C + (0 if cfg["mlp"] == "swiglu" else F + C)
+    assert eval(re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", formula), {}, letters) == GPTModel(cfg).num_parameters()
+    assert number == f"{GPTModel(cfg).num_parameters():,}"
+    assert ("not as in GPT-2" in page) == (only not in ((), VARIANTS[6:]))  # shared heads are said with K
+
+
 def test_json_has_all_of_it_and_nothing_else(capsys, tmp_path):
     found = facts(capsys, *XL, "--out", str(tmp_path), "--gradient_accumulation_steps", "4")
     assert found == json.loads((tmp_path / "estimate.json").read_text())
@@ -124,14 +167,31 @@ def test_a_folder_with_weights_is_a_model(capsys, tmp_path):
     model.save_pretrained(tmp_path)
     found = facts(capsys, "--model", str(tmp_path), "--device", "T4")
     assert found["parameters"]["total"] == model.num_parameters()
-    with pytest.raises(ValueError, match="is a folder with weights: n_layers are theirs"):
-        run("--model", str(tmp_path), "--n_layers", "2")
+    with pytest.raises(ValueError, match="is a folder with weights: n_layers, norm are theirs"):
+        run("--model", str(tmp_path), "--n_layers", "2", "--norm", "rmsnorm")
 
 
 def test_all_wrong_numbers_are_said_at_once():
     with pytest.raises(ValueError, match="these arguments are wrong") as refused:
         run(
-            "--batch_size", "0", "--max_length", "x", "--drop_rate", "1", "--dtype", "int8", "--tokens_per_second", "-1"
+            "--batch_size",
+            "0",
+            "--max_length",
+            "x",
+            "--drop_rate",
+            "1",
+            "--dtype",
+            "int8",
+            "--tokens_per_second",
+            "-1",
+            "--norm",
+            "batchnorm",
+            "--positions",
+            "alibi",
+            "--mlp",
+            "relu",
+            "--n_kv_heads",
+            "half",
         )
     for reason in (
         "--batch_size must be a whole number, 1 or more, got '0'",
@@ -139,6 +199,10 @@ def test_all_wrong_numbers_are_said_at_once():
         "--drop_rate must be a number, 0 or more and below 1, got '1'",
         "--dtype must be one of auto, fp32, bf16, fp16, got 'int8'",
         "--tokens_per_second must be a number, 0 or more, got '-1'",
+        "--norm must be layernorm or rmsnorm, got 'batchnorm'",
+        "--mlp must be gelu or swiglu, got 'relu'",
+        "--positions must be learned or rope, got 'alibi'",
+        "--n_kv_heads must be a whole number, 1 or more, got 'half'",
     ):
         assert reason in str(refused.value)
 
@@ -149,7 +213,7 @@ def test_all_wrong_numbers_are_said_at_once():
         (("--model", "gpt3"), "unknown preset 'gpt3'. Did you mean 'gpt2'"),
         (("--device", "K80"), "the peak of 'K80' .*--peak_tflops"),
         (("--device", "T4", "--dtype", "bf16"), "the peak of 'T4' in bf16 is not known"),
-        (("--device", "T4", "--attn_implementation", "flash_triton"), "not written yet"),
+        (("--device", "T4", "--attn_implementation", "paged_attention"), "not written yet"),
         (("--device", "T4", "--attn_implementation", "eagre"), "Did you mean 'eager'"),
         (("--device", "T4", "--emb_dim", "100"), "n_heads.* must divide"),
         (("--device", "T4", "--optimizer", "sgd"), "--optimizer must be one of adamw, muon, none"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from CMHA.implementations import IMPLEMENTATIONS, sdpa
+from GPT2Model.gpt2 import GPTModel
 from orchestrator.cli import main, make_parser
 from orchestrator.commands import experiment as command
 from orchestrator.evaluation.workloads import Workload
@@ -59,6 +60,36 @@ def test_the_report_has_what_was_measured_and_how(ran):
         assert f"({name})" in page
 
 
+def test_the_variants_of_gpt2_can_be_asked_for_and_the_report_says_so(tmp_path, capsys):
+    variants = ("--norm", "rmsnorm", "--mlp", "swiglu", "--positions", "rope", "--n_kv_heads", "2")
+    assert experiment("quick", "--attn_implementation", "sdpa", *variants, "--out", str(tmp_path)) == 0
+    named = "norm rmsnorm, mlp swiglu, positions rope, n_kv_heads 2"
+    assert f"quick: fp32, {named}, 2 rounds" in capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["settings"]["variants"] == named
+    assert f"# Experiment: quick, fp32, {named}\n" in (tmp_path / "report.md").read_text()
+    (workload,) = report["workloads"].values()
+    asked = {"norm": "rmsnorm", "mlp": "swiglu", "positions": "rope", "n_kv_heads": 2, "n_layers": 1, "emb_dim": 32}
+    assert {key: workload["cfg"][key] for key in asked} == asked
+    weights = 4 * GPTModel(SMALL.cfg | asked).num_parameters()
+    rows = {row["task"]: row for row in report["rows"] if row["implementation"] == "sdpa"}
+    assert rows["generation"]["resting_bytes"] == weights
+    # AdamW remembers two numbers for each weight, and how many steps it made for each tensor
+    assert 3 * weights <= rows["training"]["resting_bytes"] < 3 * weights + 500
+    assert all(row["seconds"] for row in report["rows"] if row["implementation"] in ("eager", "sdpa"))
+
+
+def test_variants_that_do_not_exist_or_do_not_fit_are_all_named(capsys):
+    wrong = ("--norm", "batchnorm", "--mlp", "relu", "--positions", "alibi", "--n_kv_heads", "0")
+    assert experiment("quick", *wrong) == 2
+    said = capsys.readouterr().err
+    for words in ("--norm must be layernorm or rmsnorm", "--mlp must be gelu or swiglu",
+                  "--positions must be learned or rope", "--n_kv_heads must be a whole number, 1 or more"):  # fmt: skip
+        assert words in said
+    assert experiment("quick", "--n_kv_heads", "3") == 2
+    assert "'n_kv_heads' must divide 'n_heads': 4 / 3 is not whole" in capsys.readouterr().err
+
+
 def test_a_failure_is_reported_with_exit_code_1_and_the_others_go_on(monkeypatch, tmp_path, capsys):
     def breaks(queries, *args, **options):
         if queries.requires_grad:
@@ -91,11 +122,11 @@ def test_quick_or_full_may_be_said_either_way(words):
 
 def test_everything_that_is_wrong_is_said_at_once(capsys):
     code = experiment("half", "--full", "--dtype", "fp64", "--rounds", "0", "--seed", "-1", "--device", "quantum",
-                      "--attn_implementation", "flash_triton")  # fmt: skip
+                      "--attn_implementation", "paged_attention")  # fmt: skip
     said = capsys.readouterr().err
     assert code == 2
     assert "6 things are wrong" in said
-    for words in ("'half'", "'fp64'", "--rounds", "--seed", "'quantum'", "flash_triton cannot be measured"):
+    for words in ("'half'", "'fp64'", "--rounds", "--seed", "'quantum'", "paged_attention cannot be measured"):
         assert words in said
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from GPT2Model.config import PRESETS, from_preset
 from GPT2Model.generation import make_cache
@@ -28,7 +28,13 @@ VARIANTS = [
     {"ff_dim": 77},
     {"n_kv_heads": 2},
     {"n_kv_heads": 1, "qkv_bias": False, "ff_dim": 12},
+    {"norm": "rmsnorm"},
+    {"mlp": "swiglu"},
+    {"mlp": "swiglu", "ff_dim": 77, "tie_weights": False},
+    {"positions": "rope"},
+    {"norm": "rmsnorm", "mlp": "swiglu", "positions": "rope", "n_kv_heads": 2, "qkv_bias": False},
 ]
+TODAYS = {"norm": "rmsnorm", "mlp": "swiglu", "positions": "rope", "n_kv_heads": 2}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -85,6 +91,23 @@ def test_a_training_step_takes_the_flops_of_the_formula_under_eager(variant):
     assert causal == by_formula["training"] - batched // 2
 
 
+def test_llamas_shape_has_the_parameters_that_transformers_counts():
+    cfg = {**ODD, **TODAYS, "qkv_bias": False, "tie_weights": False, "ff_dim": 88}
+    config = LlamaConfig(
+        vocab_size=131, hidden_size=60, intermediate_size=88, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=2, attention_bias=False, mlp_bias=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        counted = sum(p.numel() for p in LlamaForCausalLM(config).parameters())
+    assert count_parameters(cfg) == counted + 3 * 60  # our projection of the heads has a bias, as GPT-2's
+
+
+def test_with_rope_there_are_no_position_embeddings():
+    assert embedding_parameters({**ODD, "positions": "rope"}) == {"token": 131 * 60, "position": 0}
+    saved = count_parameters(ODD) - count_parameters({**ODD, "positions": "rope"})
+    assert saved == GPTModel(ODD).position_embedding.weight.numel()
+
+
 def test_embeddings_are_counted_apart():
     model = GPTModel(ODD)
     counted = {"token": model.token_embedding.weight.numel(), "position": model.position_embedding.weight.numel()}
@@ -117,11 +140,29 @@ def test_a_forward_pass_holds_the_bytes_of_the_formula(cfg, batch, worst_under_s
     by_formula = forward_peak(cfg, batch, cfg["context_length"], short=short, attention=attention)
     assert by_formula["weights"] == weights
     assert by_formula["bytes"] - weights == pytest.approx(peak, rel=0.1)
-    if attention == "sdpa":
+    if worst_under_sdpa and attention == "sdpa":
         assert by_formula["moment"] == worst_under_sdpa
 
 
-@pytest.mark.parametrize("variant", [{}, {"n_kv_heads": 2}])
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flash_tiled"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"norm": "rmsnorm"},
+        {"mlp": "swiglu"},
+        {"positions": "rope"},
+        TODAYS,
+        {"positions": "rope", "ff_dim": 24},
+        {"ff_dim": 24},
+    ],
+    ids=["rmsnorm", "swiglu", "rope", "all", "rope, attention is the worst", "gpt2, attention is the worst"],
+)
+def test_a_forward_pass_of_a_variant_holds_the_bytes_of_the_formula(variant, attention, short):
+    test_a_forward_pass_holds_the_bytes_of_the_formula(FORWARD_CASES[0][0] | variant, 8, None, attention, short)
+
+
+@pytest.mark.parametrize("variant", [{}, {"n_kv_heads": 2}, TODAYS])
 def test_the_memory_of_the_formula_is_that_of_the_tensors(variant):
     model = GPTModel({**ODD, **variant})
     by_formula = memory_bytes(model.cfg, 2, 37)

@@ -79,23 +79,30 @@ def set_limit(most_bytes: int) -> None:
 
 
 def run_in_parts(
-    out: str, log: str, part: str, until: int | None = None, pack_documents: bool = False, **changes
+    out: str,
+    log: str,
+    part: str,
+    until: int | None = None,
+    pack_documents: bool = False,
+    cfg: dict | None = None,
+    **changes,
 ) -> None:
     """Twelve steps with dropout, in one go or in two.
 
     Args:
         part: "from the beginning"; "gone on": from the checkpoint; or the name of what is then left out of it.
         until: stop before this step, and save.
+        cfg: keys of the model's cfg dict.
         changes: of the settings.
     """
     given = settings(**changes)
     set_seeds(3 if part == "from the beginning" else 8)
-    state = fresh(given)
+    state = fresh(given, **(cfg or {}))
     if state.scaler.is_enabled():  # one that changes in a dozen steps
         state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**13, growth_interval=2)
     folder = Path(out) / "checkpoints"
     if part != "from the beginning":
-        new, states = fresh(given), random_states()
+        new, states = fresh(given, **(cfg or {})), random_states()
         restore(find(folder), state)
         leave_out(part, state, new, states)
     with Checkpoints(folder, every=100) as checkpoints:

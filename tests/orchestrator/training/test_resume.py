@@ -90,6 +90,7 @@ def test_each_part_counts(fp16, part):
 @pytest.mark.parametrize("changes", [
     {"dtype": "bf16"}, {"gradient_accumulation_steps": 3}, {"optimizer": "muon"}, {"activation_checkpointing": True},
     {"loss_chunk_tokens": 16, "schedule": "wsd"}, {"pack_documents": True},
+    {"cfg": {"norm": "rmsnorm", "mlp": "swiglu", "positions": "rope", "n_kv_heads": 1}, "optimizer": "muon"},
 ])  # fmt: skip
 def test_a_run_in_two_processes_is_the_run_in_one(forks, tmp_path, changes):
     runs = Parts(forks, tmp_path / "runs", **changes)

@@ -111,6 +111,13 @@ def test_a_key_that_is_newer_than_the_checkpoint_means_its_default():
     assert len(differences(saved, facts(cfg={"init_std": 0.02, "n_kv_heads": 2})).refused) == 1
 
 
+def test_an_option_that_is_newer_than_the_checkpoint_is_no_difference():
+    """What it decides is in the cfg, where a missing key means its default."""
+    saved, asked = facts(options={"n_layers": 2}), facts(options={"n_layers": 2, "norm": "layernorm"})
+    del saved["cfg"]["norm"]
+    assert differences(saved, asked) == ([], [])
+
+
 def test_a_long_vocabulary_is_no_long_line():
     saved = facts(tokenizer={"name": "char", "characters": "abc" * 4000})
     assert len(differences(saved, facts()).refused[0]) < 250
