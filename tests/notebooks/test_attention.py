@@ -6,6 +6,8 @@
 import ast
 import math
 import re
+import subprocess
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -17,6 +19,7 @@ from GPT2Model.config import from_preset
 from GPT2Model.gpt2 import GPTModel
 from orchestrator.evaluation.cases import Case, tensors
 from orchestrator.text import tales
+from tests.notebooks.conftest import FOLDER
 from tests.notebooks.exercise_code import run_exercises
 from tests.notebooks.reading import numbers, pictures, printed
 
@@ -359,7 +362,72 @@ def test_how_one_is_chosen(executed):
 
 
 def test_what_takes_half_a_minute_is_left_out_unless_it_is_asked_for(executed):
-    assert printed(executed, "TRY_FLEX = False") == "left out: set TRY_FLEX = True\n"
+    assert printed(executed, "TRY_FLEX = False").endswith("\nflex_attention left out: set TRY_FLEX = True\n")
+
+
+def test_the_kernels_serve_from_section_10_on_and_meet_the_bound(executed):
+    assert re.search(r"(?m)^flash_triton +training: sdpa +generation: sdpa$", printed(executed, "auto, Mac (MPS)"))
+    text = printed(executed, "KERNELS = not reasons")
+    assert "new_max = tl.maximum(running_max, tl.max(scores, 1))" in text.split("TRITON_INTERPRET=None")[0]
+    assert re.search(r"TRITON_INTERPRET=None: it runs on CUDA; .*\n    what to do: .*TRITON_INTERPRET=1\n", text)
+    assert "TRITON_INTERPRET=1: flash_triton can serve\n" in text
+    ratios = {}
+    for name in ("flash_tiled", "flash_triton"):
+        ratios[name] = numbers(f"{name} +error / bound: context NUMBER, dQ NUMBER, dK NUMBER, dV NUMBER", text)
+        assert 0 < max(ratios[name]) <= 0.5
+    assert max(ratios["flash_triton"]) < 3 * max(ratios["flash_tiled"])  # "as near as flash_tiled"
+
+
+def test_the_kernels_drop_what_the_formula_drops_whatever_their_tiles(executed):
+    text = printed(executed, "KERNELS = not reasons")
+    torch.manual_seed(1)
+    seed, kept = int(torch.randint(2**62, ())), 0
+    golden, first, second = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+    for index in (row * 48 + column for row in range(48) for column in range(row + 1)):  # of the weights that are seen
+        bits = ((index + 1) * golden + seed * first) % 2**64
+        bits = (bits ^ bits >> 30) * first % 2**64
+        bits = (bits ^ bits >> 27) * second % 2**64
+        kept += (bits ^ bits >> 31) >> 63  # the first bit: kept with probability 1/2
+    for which in ("flash_triton, tiles of 16", "flash_triton, tiles of 64", "flash_tiled, tiles of 16"):
+        assert numbers(f"{which}: dropout kept NUMBER of NUMBER weights", text) == [kept, 48 * 49 / 2]
+    assert "the same weights each time: True" in text
+
+
+def test_a_line_that_is_left_out_of_the_kernel_shows_where_it_was_needed(executed):
+    text = printed(executed, "def changed_kernels(")
+    rows = {
+        name: tuple(map(int, re.search(rf"(?m)^{name} +(\d+) +(\d+) +(\d+)$", text).groups()))
+        for name in ("as it is", "no correction", "no offset", "no guard")
+    }
+    assert rows["as it is"] == (0, 0, 0)
+    q, k, _ = normal(3, 48, 16)
+    triangle = np.tri(48, dtype=bool)
+    scores = np.where(triangle, q @ k.T / 4, -np.inf)
+    risen = (scores[:, 16:] > scores[:, :16].max(axis=1, keepdims=True)).any(axis=1)
+    assert rows["no correction"][:2] == (0, risen.sum())
+    keep = np.tri(40, 48, 8, dtype=bool) & (np.arange(48) >= 20)  # the last 40 queries; 20 keys of padding
+    sees = keep.any(axis=1)
+    assert (~sees).sum() == 12
+    last = np.where(keep, scores[8:], -np.inf)
+    assert (
+        rows["no correction"][2]
+        == (last[sees][:, 32:] > last[sees][:, :32].max(axis=1, keepdims=True)).any(axis=1).sum()
+    )
+    too_few = keep & np.tri(40, 48, 0, dtype=bool)
+    assert rows["no offset"] == (0, 0, (keep != too_few).any(axis=1).sum())
+    assert rows["no guard"] == (0, 0, 40)  # no key of the first tile is seen by any row
+    assert len(pictures(executed, "def changed_kernels(")) == 1
+
+
+def test_without_triton_section_10_says_so_and_goes_on(committed):
+    cells = [cell.source for cell in committed.cells if cell.cell_type == "code"]
+    needed = [cells[0], cells[1], *(cell for cell in cells if "KERNELS" in cell)]
+    assert len(needed) == 4
+    source = "import sys\nsys.modules['triton'] = None\n" + "\n".join(needed).replace("%matplotlib inline", "")
+    done = subprocess.run([sys.executable, "-"], input=source, text=True, capture_output=True, cwd=FOLDER, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"TRITON_INTERPRET=1: triton .*\n    what to do: pip install triton\n", done.stdout)
+    assert done.stdout.count("the kernels are left out here") == 2
 
 
 def test_the_exercises_run(committed):
