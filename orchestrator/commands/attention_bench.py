@@ -3,15 +3,18 @@
     python -m orchestrator attention-bench                                all that this machine can run: minutes
     python -m orchestrator attention-bench --implementations eager,sdpa   only these
     python -m orchestrator attention-bench --lengths 512,1024 --heads 12 --forward_only
+    python -m orchestrator attention-bench --implementations sdpa:flash,sdpa,flash_tiled      one kernel of torch's op
 
-Each is called as the layer calls it: plain causal mask, no dropout. In each round every implementation runs once, in
-changing order, and its time is divided by eager's of the same round; the table gives medians, with quartiles in
-brackets. "forward" is a pass without gradients. "peak MiB" is what lives at the worst moment above inputs and mask,
-measured in a pass of its own. The last lines fit how both grow with the length T. Only ratios of one run are worth
-comparing: times swing with whatever else the machine does.
+Each is called as the layer calls it: plain causal mask, no dropout. What is not within the bound of `parity` is not
+timed. In each round every implementation runs once, in changing order, and its time is divided by eager's of the same
+round; the table gives medians, with quartiles in brackets. With a baseline it gives each one's speed too: the
+baseline's time divided by its own. "forward" is a pass without gradients. TFLOP/s, on a GPU: 4 B H T T D operations of
+a forward pass, half of that under a causal mask, 3.5 times as many with the backward pass. "peak MiB" is what lives at
+the worst moment above inputs and mask, measured in a pass of its own. The last lines fit how both grow with the length
+T. Only ratios of one run are worth comparing: times swing with whatever else the machine does.
 
 What would take more than half of the free memory is left out, and the reason is given. A folder gets results.json, with
-every round, and two figures.
+every round, and two figures. On a GPU, benchmarks/kernels_on_gpu.py measures this and more in one command.
 """
 
 import argparse
@@ -20,31 +23,35 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from CMHA.choosing import canonical_name
 from CMHA.implementations import IMPLEMENTATIONS
 from GPT2Model.files import replace_file, replace_text
-from orchestrator.evaluation.attention_bench import PASSES, Bench, Row, growth, refusal, run_bench, turns
+from orchestrator.evaluation.attention_bench import Bench, growth, refusal, run_bench, turns
+from orchestrator.evaluation.contenders import contender, contenders
 from orchestrator.evaluation.machine import check_device, describe_machine, machine_facts
 from orchestrator.evaluation.parity import serves
 from orchestrator.report import make_folder, plain
-from orchestrator.views.bench_figures import mask_notes, memory_by_length, time_by_length
+from orchestrator.views.bench_figures import memory_by_length, time_by_length
+from orchestrator.views.bench_tables import growth_lines, notes, short, table, with_spread  # noqa: F401 (for others too)
 
 HELP = "time and peak memory of attention by sequence length, every implementation side by side"
 METHOD = (
     "Plain causal mask, no dropout, tensors laid out as in the layer. In each round every implementation runs once, in "
-    "changing order, after one warm-up each; over_eager is its time / eager's of the same round. forward: without "
-    "gradients; forward_backward: with the gradients of queries, keys and values. One mask serves all rounds, as it "
-    "serves all layers of a model. peak_bytes: alive at the worst moment above inputs and mask, in a pass of its own; "
-    "first_peak_bytes: a forward pass with a new mask."
+    "changing order, after one warm-up each (on a GPU, until times settle); over_eager is its time / eager's of the "
+    "same round, speed the baseline's time / its own. forward: without gradients; forward_backward: with the gradients "
+    "of queries, keys and values. One mask serves all rounds, as it serves all layers of a model. On a GPU a time is "
+    "that between two CUDA events, with the L2 cache overwritten before each call. errors: error / bound (parity.py) "
+    "of one sequence of at most 1,024 tokens; what is above 1 is not timed. tflops: 4 B H T T D forward, half of it if "
+    "causal, 3.5 times that with the backward pass, by the median time. peak_bytes: alive at the worst moment above "
+    "inputs and mask, in a pass of its own; first_peak_bytes: a forward pass with a new mask."
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-COLUMNS = ("{:18}", "{:>6}", *("{:>22}", "{:>18}", "{:>8}") * 2)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,21 +59,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options = {
         "--lengths": ("128,256,512,1024,2048,4096", "sequence lengths in tokens, with commas"),
         "--batch": ("1", "sequences"),
+        "--tokens": (None, "tokens of all sequences together, as many at each length, instead of --batch"),
         "--heads": ("4", "query heads"),
         "--kv_heads": (None, "key and value heads, if fewer (default: as many as --heads)"),
         "--head_dim": ("64", "width of a head"),
         "--dtype": (None, f"{', '.join(DTYPES)} (default: bfloat16 on CUDA, float32 elsewhere)"),
         "--device": ("auto", "cpu, cuda, mps or auto: the best here"),
-        "--implementations": (None, "with commas (default: every one that can serve here)"),
+        "--implementations": (
+            None,
+            "with commas; sdpa:flash, sdpa:cudnn, sdpa:efficient and sdpa:math are torch's op held to one kernel "
+            "(default: every one that can serve here)",
+        ),
+        "--baseline": (None, "the one that speeds are given in (default: sdpa:flash if it is measured)"),
         "--repeats": ("5", "rounds for each length"),
         "--seed": ("0", "of the numbers and of the order in each round"),
         "--out": (None, "folder for results.json and figures (default: runs/DATE_TIME-attention-bench)"),
     }
     metavars = {"--lengths": "N,N,...", "--implementations": "NAMES", "--out": "DIR"}
-    metavars |= dict.fromkeys(("--dtype", "--device"), "NAME")
+    metavars |= dict.fromkeys(("--dtype", "--device", "--baseline"), "NAME")
     for option, (default, text) in options.items():
         shown = "" if default is None else f" (default: {default})"
         parser.add_argument(option, default=default, metavar=metavars.get(option, "N"), help=text + shown)
+    parser.add_argument("--full_mask", action="store_true", help="every query sees every key: no causal mask")
     parser.add_argument("--forward_only", action="store_true", help="leave the backward pass out")
     parser.add_argument("--json", action="store_true", help="print the results as JSON, and nothing else, on stdout")
 
@@ -79,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
     say = (lambda text: None) if args.json else (lambda text: print(text, flush=True))
     for line in [*describe_machine(bench.device), described(bench)]:
         say(line)
-    say(f"plain causal mask, no dropout; {bench.repeats} rounds in changing order after a warm-up: median (quartiles)")
+    mask, count = "plain causal mask" if bench.causal else "no mask", bench.repeats
+    say(f"{mask}, no dropout; {count} rounds in changing order after a warm-up: median (quartiles)")
     for name, why in refused.items():
         say(f"not measured: {name} ({why})")
     say("")
@@ -114,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
         replace_file(folder / name, lambda beside, figure=figure: figure.savefig(beside, format="png", dpi=130))
     if args.json:
         print(text, end="")
-    say("\n".join([*table(rows), "", *growth_lines(exponents), *notes(rows)]))
+    say("\n".join([*table(rows, bench), "", *growth_lines(exponents), *notes(rows, bench.device)]))
     say(f"written: {folder}/results.json, time.png, memory.png")
     return 1 if any(row.failed for row in rows) else 0
 
@@ -147,14 +162,22 @@ def read_arguments(args: argparse.Namespace) -> Bench:
     if (args.dtype or default) not in DTYPES:
         problems.append(f"--dtype must be one of {', '.join(DTYPES)}, got {args.dtype!r}.")
     words = list(IMPLEMENTATIONS) if args.implementations is None else args.implementations.split(",")
-    names = [attempt(implementation, word.strip()) for word in words]
+    names = [attempt(contender, word) for word in words]
+    baseline = "sdpa:flash" if "sdpa:flash" in names else None
+    if args.baseline is not None:
+        baseline = attempt(contender, args.baseline)
+        if baseline not in (None, *names):
+            measured = f"{', '.join(filter(None, names))}. Name it in --implementations too"
+            problems.append(f"--baseline {baseline} is not among what is measured: {measured}.")
+    tokens = None if args.tokens is None else attempt(whole_number, "tokens", args.tokens, 1)
     if args.out:
         attempt(check_folder, Path(args.out))
     if problems:
         raise ValueError(complaint(problems))
     return Bench(
-        {name: IMPLEMENTATIONS[name] for name in names}, lengths, kv_heads=kv_heads, **sizes, seed=seed, device=device,
-        dtype=DTYPES[args.dtype or default], forward_only=args.forward_only,
+        contenders(names), lengths, kv_heads=kv_heads, **sizes, seed=seed, device=device, tokens=tokens,
+        causal=not args.full_mask, baseline=baseline, dtype=DTYPES[args.dtype or default],
+        forward_only=args.forward_only,
     )  # fmt: skip
 
 
@@ -186,14 +209,6 @@ def select_device(name: str) -> str:
     return device.type
 
 
-def implementation(word: str) -> str:
-    """The name in the registry behind a name or an alias."""
-    name = canonical_name(word)
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"--implementations: there is nothing to measure for {word}: {', '.join(IMPLEMENTATIONS)}.")
-    return name
-
-
 def check_folder(folder: Path) -> None:
     """Raise if it could not be made or written; nothing is made before everything else is known to be right."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -215,7 +230,8 @@ def without_refused(bench: Bench, named: bool) -> tuple[Bench, dict[str, str]]:
     if refused and named:
         raise ValueError(complaint([f"{name} cannot be measured here: {why}." for name, why in refused.items()]))
     kept = {name: module for name, module in bench.implementations.items() if name not in refused}
-    return Bench(**vars(bench) | {"implementations": kept}), refused
+    baseline = None if bench.baseline in refused else bench.baseline
+    return replace(bench, implementations=kept, baseline=baseline), refused
 
 
 def described(bench: Bench) -> str:
@@ -223,57 +239,5 @@ def described(bench: Bench) -> str:
         bench.kv_heads != bench.heads
     )
     dtype = str(bench.dtype).removeprefix("torch.")
-    return f"causal attention, batch {bench.batch}, {heads}, {dtype} on {bench.device}"
-
-
-def table(rows: Sequence[Row]) -> list[str]:
-    """The rows as text, under two lines of headings."""
-    headings = ("implementation", "T", *("ms (quartiles)", "x eager", "peak MiB") * 2)
-    lines = [f"{'':26}  {' forward ':-^48}   {' forward + backward ':-^48}"]
-    lines.append(" ".join(form.format(word) for form, word in zip(COLUMNS, headings, strict=True)))
-    for row in rows:
-        if row.not_measured:
-            lines.append(f"{row.implementation:18} {row.length:6} not measured: {row.not_measured}")
-            continue
-        cells = [row.implementation, str(row.length)]
-        for name in PASSES:
-            peak = row.peak_bytes[name]
-            cells += [with_spread(row.seconds[name], 1000), with_spread(row.over_eager[name])]
-            cells.append("-" if peak is None else short(peak / 2**20))
-        lines.append(" ".join(form.format(cell) for form, cell in zip(COLUMNS, cells, strict=True)))
-    return lines
-
-
-def with_spread(spread: dict | None, factor: float = 1) -> str:
-    """Median (quartiles)."""
-    if spread is None:
-        return "-"
-    median, low, high = (short(spread[key] * factor) for key in ("median", "lower_quartile", "upper_quartile"))
-    return f"{median} ({low}-{high})"
-
-
-def short(value: float) -> str:
-    """Three digits or so."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def growth_lines(exponents: Sequence[dict]) -> list[str]:
-    lines = []
-    for found in exponents:
-        name = "forward" if found["time"]["forward_backward"] is None else "forward_backward"
-        time, memory = found["time"][name], found["memory"][name]
-        what = f"time grows with T^{time:.1f}" + (f", memory with T^{memory:.1f}" if memory is not None else "")
-        where = f"{name.replace('_', ' + ')}, T = {found['from']} to {found['to']}"
-        lines.append(f"{found['implementation']}: {what} ({where})")
-    return lines
-
-
-def notes(rows: Sequence[Row]) -> list[str]:
-    """What the table leaves out and is large: slow first calls, and memory for what is made of a mask."""
-    lines = []
-    for row in (row for row in rows if row.not_measured is None):
-        usual = sum(spread["median"] for spread in row.seconds.values() if spread)
-        if row.first_call_seconds > max(1.0, 5 * usual):
-            what = "with what is compiled or loaded once"
-            lines.append(f"{row.implementation} at T = {row.length}: first call {row.first_call_seconds:.1f} s, {what}")
-    return lines + mask_notes([vars(row) for row in rows])
+    size = f"batch {bench.batch}" if bench.tokens is None else f"{bench.tokens:,} tokens a call"
+    return f"{'causal' if bench.causal else 'full'} attention, {size}, {heads}, {dtype} on {bench.device}"

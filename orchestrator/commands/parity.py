@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     unusable = refused(cases, implementations)
     if not short:
         why = "on a {} in an interpreter, too slow for these cases; for short ones: --implementations {}"
-        unusable = {name: [why.format(device, name)] for name in slow} | unusable
+        unusable = {name: [why.format(device, name)] for name in slow if name not in unusable} | unusable
     if len(unusable) == len(implementations):
         why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in unusable.items())
         raise ValueError(f"nothing can be measured on {device}, every case is refused. {why}.")

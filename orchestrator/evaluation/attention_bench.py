@@ -3,26 +3,22 @@
 Times of a machine swing with what else it does, so only ratios from one interleaved run are worth comparing: in each
 round every implementation runs once, in changing order, and its time is divided by eager's of the same round. The
 call is the layer's own: plain causal mask, no dropout, tensors laid out as in the layer. Two times are taken: a forward
-pass without a graph, as in evaluation, and forward + backward, as in training. The lines for CUDA (waiting for the
-device, its allocator's peak) were written without a GPU and have not been run.
+pass without a graph, as in evaluation, and forward + backward, as in training. What is not within the bound of
+`parity.py` is not timed. The lines for CUDA were written without a GPU and have not been run.
 """
 
 import random
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from orchestrator.evaluation.attention_call import PASSES, Call, passes
 from orchestrator.evaluation.cases import Case, mask_of, request_of, tensors
-from orchestrator.evaluation.machine import wait_for
-from orchestrator.evaluation.memory import peak_tensor_bytes
+from orchestrator.evaluation.device_timing import attention_flops, peak_memory
 from orchestrator.evaluation.memory_guard import growth_exponent, inputs_too_large, too_large
-from orchestrator.evaluation.parity import checked, serves
-
-PASSES = ("forward", "forward_backward")
+from orchestrator.evaluation.parity import serves
 
 
 @dataclass(frozen=True)
@@ -33,6 +29,9 @@ class Bench:
         implementations: {name: module of the registry's form}.
         lengths: in tokens, rising.
         batch, heads, kv_heads, head_dim, dtype, device: of each call; device is torch's type: "cpu", "cuda", "mps".
+        tokens: of all sequences of a call together, as many at each length, instead of `batch`; None: `batch` holds.
+        causal: False: every query sees every key.
+        baseline: the one of the implementations that the others' speed is given in; None: none.
         forward_only: leave the backward pass out.
         repeats: rounds for each length.
         seed: of the numbers and of the order in each round.
@@ -46,6 +45,9 @@ class Bench:
     head_dim: int = 64
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    tokens: int | None = None
+    causal: bool = True
+    baseline: str | None = None
     forward_only: bool = False
     repeats: int = 5
     seed: int = 0
@@ -53,10 +55,14 @@ class Bench:
     def case(self, length: int) -> Case:
         """The call that is measured at one length."""
         return Case(
-            dtype=self.dtype, head_dim=self.head_dim, query_len=length, key_len=length, causal=True,
-            num_heads=self.heads, num_kv_heads=self.kv_heads, batch_size=self.batch, strided=True, seed=self.seed,
-            device=self.device,
+            dtype=self.dtype, head_dim=self.head_dim, query_len=length, key_len=length, causal=self.causal,
+            num_heads=self.heads, num_kv_heads=self.kv_heads, batch_size=self.batch_at(length), strided=True,
+            seed=self.seed, device=self.device,
         )  # fmt: skip
+
+    def batch_at(self, length: int) -> int:
+        """Sequences of a call at one length."""
+        return self.batch if self.tokens is None else max(1, self.tokens // length)
 
     def settings(self) -> dict:
         """JSON-ready."""
@@ -74,7 +80,10 @@ class Row:
         failed: it raised an error, and `not_measured` holds it.
         gradients: forward + backward was measured too; without it the figures of that pass are None.
         first_call_seconds: the warm-up, with what is compiled or made once for this length.
+        errors: {quantity: largest error / its bound}, in a call of at most 1,024 tokens; above 1 it is not timed.
         seconds, over_eager: {pass: spread}; over_eager is its time / eager's of the same round, None without eager.
+        speed: {pass: spread}, the baseline's time / its own of the same round: 2 is twice as fast; None without one.
+        tflops: {pass: 1e12 FLOPs a second}, by formula and the median time; None: that pass was not measured.
         peak_bytes: {pass: bytes alive at the worst moment, above inputs and mask}; None: this device does not tell.
         first_peak_bytes: the same for a forward pass with a new mask, hence with what is made of the mask once.
     """
@@ -85,8 +94,11 @@ class Row:
     failed: bool = False
     gradients: bool = False
     first_call_seconds: float | None = None
+    errors: dict[str, float] | None = None
     seconds: dict[str, dict | None] | None = None
     over_eager: dict[str, dict | None] | None = None
+    speed: dict[str, dict | None] | None = None
+    tflops: dict[str, float | None] | None = None
     peak_bytes: dict[str, int | None] | None = None
     first_peak_bytes: int | None = None
 
@@ -95,45 +107,6 @@ class Row:
         """Bytes; 0: not measured."""
         peaks = [self.first_peak_bytes, *(self.peak_bytes or {}).values()]
         return max(peak or 0 for peak in peaks)
-
-
-class Call:
-    """One implementation at one length, ready to be run; the inputs are shared among implementations."""
-
-    def __init__(self, module: object, case: Case, inputs: list[Tensor], grad_context: Tensor):
-        self.module, self.case, self.inputs, self.grad_context = module, case, inputs, grad_context
-        self.options = {key: getattr(case, key) for key in getattr(module, "OPTIONS", ())}
-
-    def forward(self, mask) -> tuple:
-        """(context, weights or None), without a graph."""
-        with torch.no_grad():
-            return self.module.attention(*self.inputs, mask, scale=self.case.scale, dropout=0.0, **self.options)
-
-    def forward_backward(self, mask) -> tuple[Tensor, ...]:
-        """The gradients of queries, keys and values. Weights are let go before the backward pass, as in the layer."""
-        context, _ = self.module.attention(*self.inputs, mask, scale=self.case.scale, dropout=0.0, **self.options)
-        del _
-        return torch.autograd.grad(context, self.inputs, self.grad_context)
-
-    def first(self, mask, gradients: bool) -> float:
-        """Seconds of the warm-up, in which things are compiled and the mask's tables made; checks what comes back."""
-        start = time.perf_counter()
-        checked(self.forward(mask), self.inputs[0])
-        if gradients:
-            self.forward_backward(mask)
-        wait_for(self.case.device)
-        return time.perf_counter() - start
-
-    def seconds(self, mask, gradients: bool) -> dict[str, float]:
-        """One turn in a round: each pass once, the device waited for before and after."""
-        device = self.case.device
-        return {name: timed(lambda name=name: getattr(self, name)(mask), device) for name in passes(gradients)}
-
-    def peak_bytes(self, mask, gradients: bool) -> dict[str, int | None]:
-        """Each pass once more, not timed."""
-        device, wanted = self.case.device, passes(gradients)
-        peaks = {name: peak_memory(lambda name=name: getattr(self, name)(mask), device) for name in wanted}
-        return dict.fromkeys(PASSES) | peaks
 
 
 def run_bench(bench: Bench, tick: Callable[[str, int], None] = lambda doing, count: None) -> tuple[list[Row], list]:
@@ -146,6 +119,7 @@ def run_bench(bench: Bench, tick: Callable[[str, int], None] = lambda doing, cou
         names in the order in which they ran, None for one that failed there.
     """
     rows, rounds = [], []
+    tune(bench)
     for length in bench.lengths:
         case = bench.case(length)
         here = [first_look(bench, name, case, rows) for name in bench.implementations]
@@ -155,6 +129,19 @@ def run_bench(bench: Bench, tick: Callable[[str, int], None] = lambda doing, cou
             rounds += run_length(bench, case, can_run, tick)
         rows += here
     return rows, rounds
+
+
+def tune(bench: Bench) -> None:
+    """On a GPU: let what tunes itself at its first call do that at the longest length, where it matters most."""
+    case = bench.case(bench.lengths[-1])
+    for module in bench.implementations.values() if bench.device == "cuda" else ():
+        if hasattr(module, "tuned") and serves(module, case) is not None and not inputs_too_large(case):
+            inputs, grad_context, _ = tensors(case)
+            gradients = bool(serves(module, case)) and not bench.forward_only
+            try:
+                Call(module, case, inputs, grad_context).first(mask_of(case, None), gradients)
+            except Exception:  # it will be raised again where it is measured, and be said there
+                torch.cuda.empty_cache()
 
 
 def turns(bench: Bench) -> int:
@@ -188,6 +175,9 @@ def run_length(bench: Bench, case: Case, rows: Sequence[Row], tick: Callable) ->
         row = by_name[name]
         try:
             return doing(calls[name], row)
+        except torch.OutOfMemoryError as error:  # no failure: a figure of its own
+            row.not_measured = "out of memory: " + next(iter(str(error).splitlines()), "")
+            return None
         except Exception as error:  # a kernel may raise anything, and the others should still be measured
             line = next(iter(str(error).splitlines()), "")
             row.not_measured, row.failed = f"{type(error).__name__}: {line}", True
@@ -196,10 +186,10 @@ def run_length(bench: Bench, case: Case, rows: Sequence[Row], tick: Callable) ->
             tick(f"{name}, T = {case.query_len}", 1)
 
     def still_in() -> list[str]:
-        return [row.implementation for row in rows if not row.failed]
+        return [row.implementation for row in rows if row.not_measured is None]
 
     for name in still_in():
-        by_name[name].first_call_seconds = attempt(lambda call, row: call.first(mask, row.gradients), name)
+        attempt(lambda call, row: prepare(call, row, mask), name)
     rounds = []
     for number, order in enumerate(orders(still_in(), bench.repeats, random.Random(f"{bench.seed} {case.query_len}"))):
         names = [name for name in order if name in still_in()]
@@ -208,8 +198,19 @@ def run_length(bench: Bench, case: Case, rows: Sequence[Row], tick: Callable) ->
     for name in still_in():
         attempt(lambda call, row: measure_memory(call, row, mask), name)
     for name in still_in():
-        summarise(by_name[name], rounds, with_eager="eager" in still_in())
+        summarise(by_name[name], rounds, still_in(), bench.baseline)
+        medians = {key: found and found["median"] for key, found in by_name[name].seconds.items()}
+        by_name[name].tflops = {
+            key: median and attention_flops(case, key) / median / 1e12 for key, median in medians.items()
+        }
     return rounds
+
+
+def prepare(call: Call, row: Row, mask) -> None:
+    """The warm-up at full size, then the errors: of the kernels that are going to be timed."""
+    row.first_call_seconds = call.first(mask, row.gradients)
+    row.errors = call.errors()
+    call.warm_up(mask, row.gradients)
 
 
 def orders(names: Sequence[str], repeats: int, draw: random.Random) -> Iterator[list[str]]:
@@ -227,42 +228,21 @@ def measure_memory(call: Call, row: Row, mask) -> None:
     row.first_peak_bytes = peak_memory(lambda: call.forward(mask_of(call.case, None)), call.case.device)
 
 
-def passes(gradients: bool) -> tuple[str, ...]:
-    return PASSES if gradients else PASSES[:1]
+def summarise(row: Row, rounds: Sequence[dict], measured: Sequence[str], baseline: str | None = None) -> None:
+    """Fill in the row's spreads from its rounds; ratios are taken round by round, then their median.
 
-
-def timed(function: Callable, device: str) -> float:
-    """Seconds of one call, on a device that has nothing else of ours to do."""
-    wait_for(device)
-    start = time.perf_counter()
-    function()
-    wait_for(device)
-    return time.perf_counter() - start
-
-
-def peak_memory(function: Callable, device: str) -> int | None:
-    """Bytes alive at the worst moment above what lived before; None where the device does not tell (MPS)."""
-    if device == "cpu":
-        return peak_tensor_bytes(function).peak
-    if device != "cuda":
-        return None
-    wait_for(device)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    wait_for(device)
-    return torch.cuda.max_memory_allocated() - before
-
-
-def summarise(row: Row, rounds: Sequence[dict], with_eager: bool) -> None:
-    """Fill in the row's spreads from its rounds; the ratio to eager is taken round by round, then its median."""
-    row.seconds, row.over_eager = dict.fromkeys(PASSES), dict.fromkeys(PASSES)
+    Args:
+        measured: the names that ran in every round. baseline: one of them, or one that did not, or None.
+    """
+    row.seconds, row.over_eager, row.speed = (dict.fromkeys(PASSES) for _ in range(3))
     for name in passes(row.gradients):
-        times = [taken["seconds"][row.implementation][name] for taken in rounds]
-        row.seconds[name] = spread(times)
-        if with_eager:
-            eager = [taken["seconds"]["eager"][name] for taken in rounds]
-            row.over_eager[name] = spread([mine / its for mine, its in zip(times, eager, strict=True)])
+        times = {other: [(taken["seconds"][other] or {}).get(name) for taken in rounds] for other in measured}
+        mine = times[row.implementation]
+        row.seconds[name] = spread(mine)
+        if "eager" in times and None not in times["eager"]:
+            row.over_eager[name] = spread([own / its for own, its in zip(mine, times["eager"], strict=True)])
+        if baseline in times and None not in times[baseline]:  # None: a baseline without a backward pass
+            row.speed[name] = spread([its / own for own, its in zip(mine, times[baseline], strict=True)])
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -25,7 +25,8 @@ from itertools import accumulate
 import torch
 
 from GPT2Model.gpt2 import GPTModel
-from orchestrator.evaluation.attention_bench import orders, peak_memory, spread
+from orchestrator.evaluation.attention_bench import orders, spread
+from orchestrator.evaluation.device_timing import peak_memory
 from orchestrator.evaluation.estimates import count_parameters
 from orchestrator.evaluation.experiment import without_announcements
 from orchestrator.evaluation.machine import wait_for

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from GPT2Model.gpt2 import GPTModel
-from orchestrator.evaluation.attention_bench import orders, peak_memory, spread, timed
+from orchestrator.evaluation.attention_bench import orders, spread
+from orchestrator.evaluation.device_timing import peak_memory, timed
 from orchestrator.evaluation.memory_guard import explain, free_memory
 from orchestrator.evaluation.training_memory import TrainingStep, training_peak
 from orchestrator.evaluation.workloads import TASKS, Generation, Training, Workload, reason_against, strictly

@@ -14,17 +14,25 @@ from pathlib import Path
 import torch
 
 from CMHA.implementations import IMPLEMENTATIONS
-from orchestrator.evaluation.cases import MASK_AXES, Case, grid, request_of
+from orchestrator.evaluation.cases import AXES, MASK_AXES, SHORT_AXES, SHORT_MASK_AXES, Case, grid, request_of
 from orchestrator.evaluation.parity import Measurement, expectation, measure, serves
 
 KERNELS = 100  # cases after which what was compiled is forgotten
 GRADIENTS = ("dQ", "dK", "dV")
 
 
-def cases_to_grade(*, full: bool = False, device: str = "cpu", dtype: torch.dtype | None = None) -> list[Case]:
-    """The grid, pairwise or full, and behind it the pairwise grid of masks."""
-    cases = [*grid(pairwise=not full, device=device), *grid(axes=MASK_AXES, device=device)]
+def cases_to_grade(
+    *, full: bool = False, device: str = "cpu", dtype: torch.dtype | None = None, short: bool = False
+) -> list[Case]:
+    """The grid, pairwise or full, and behind it the pairwise grid of masks; `short`: with up to 130 tokens."""
+    axes, mask_axes = (SHORT_AXES, SHORT_MASK_AXES) if short else (AXES, MASK_AXES)
+    cases = [*grid(pairwise=not full, axes=axes, device=device), *grid(axes=mask_axes, device=device)]
     return [case for case in cases if dtype in (None, case.dtype)]
+
+
+def interpreted(implementations: Mapping[str, object], device: str) -> list[str]:
+    """The names of those that an interpreter runs on this device: they can be tried in short cases only."""
+    return [name for name, module in implementations.items() if getattr(module, "INTERPRETED_ON", None) == device]
 
 
 def grade(

@@ -16,7 +16,7 @@ from CMHA.implementations import IMPLEMENTATIONS
 from GPT2Model.config import from_preset
 from GPT2Model.generation import generate
 from GPT2Model.gpt2 import GPTModel
-from orchestrator.evaluation.attention_bench import timed
+from orchestrator.evaluation.device_timing import timed
 from orchestrator.evaluation.estimates import forward_flops
 from orchestrator.evaluation.machine import wait_for
 from orchestrator.text.samples import Batch

@@ -13,6 +13,7 @@ from orchestrator.cli import main
 from orchestrator.commands import parity
 from orchestrator.evaluation.cases import Case
 from orchestrator.evaluation.parity import measure
+from tests.triton_interpreter import DEVICE
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 FEW = [Case(head_dim=8, query_len=5, key_len=key_len, causal=causal) for key_len in (5, 9) for causal in (True, False)]
@@ -116,6 +117,27 @@ def test_an_implementation_that_no_case_suits_is_not_measured_and_says_why(few_c
     printed = capsys.readouterr().out
     assert "not measured: flash_attention_2 (" in printed
     assert list(json.loads((tmp_path / "parity.json").read_text())["not_measured"]) == ["flash_attention_2"]
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="about the interpreter, which a machine with a GPU does not use")
+def test_our_gpu_kernels_in_the_interpreter_are_tried_in_short_cases_and_only_when_named(kernels, tmp_path, capsys):
+    arguments = ["parity", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path)]
+    assert main([*arguments, "--implementations", "triton,sdpa", "--part", "2/20"]) == 0
+    report = json.loads((tmp_path / "parity.json").read_text())
+    assert {row["implementation"] for row in report["summary"]} == {"sdpa", "flash_triton"}
+    lines = [json.loads(line) for line in (tmp_path / "measurements.jsonl").read_text().splitlines()]
+    assert max(max(line["case"]["query_len"], line["case"]["key_len"]) for line in lines) <= 130
+    assert "PASS: 0 of " in capsys.readouterr().out
+
+
+def test_unnamed_and_in_the_interpreter_they_are_left_out_and_it_says_how_to_try_them(
+    few_cases, kernels, tmp_path, capsys
+):
+    assert main(["parity", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "parity.json").read_text())
+    assert "flash_triton" not in {row["implementation"] for row in report["summary"]}
+    assert "--implementations flash_triton" in report["not_measured"]["flash_triton"][0]
+    assert "not measured: flash_triton (" in capsys.readouterr().out
 
 
 def test_if_nothing_can_be_measured_it_says_why_and_exits_with_2(few_cases, tmp_path, capsys):
