@@ -24,13 +24,17 @@ from CMHA.request import AttentionRequest, Reason
 SUMMARY = "flash attention as our own GPU kernels, in Triton; on a CPU in Triton's interpreter, for tests"
 ALIASES = ("triton",)
 OPTIONS = ("query_block_size", "kv_block_size")
+INTERPRETED_ON = "cpu"  # there `python -m orchestrator parity` tries it in short cases only
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 128
 DEFAULT_BLOCK = 64  # queries and keys in a tile where nothing is there to be tuned for
 # What is tried on a GPU: queries and keys in a tile, warps, stages of the pipeline of loads. Larger tiles read less,
 # smaller ones leave room for wide heads and float32.
-TILES = ((128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 4, 3), (64, 128, 8, 3), (64, 64, 4, 3), (64, 32, 4, 3),
-         (32, 64, 4, 3), (32, 32, 4, 2))  # fmt: skip
+TILES = ((128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 4, 3), (64, 128, 8, 3), (64, 64, 8, 2), (64, 64, 4, 3),
+         (32, 128, 8, 2), (128, 32, 8, 2), (64, 32, 4, 3), (32, 64, 4, 3), (32, 32, 4, 2))  # fmt: skip
+# The most that query_block_size * kv_block_size * head_dim may be: for a given size, so that it fits an A100's 163 KiB;
+# for float32, which tensor cores do not take, so that its unrolled products compile in seconds and find registers.
+ROOM, ROOM_FLOAT32 = 2**19, 2**16
 LOG2_E = math.log2(math.e)
 
 
@@ -94,8 +98,9 @@ def attention(
     """Attention by our kernels. The contract of the registry; the weights are None.
 
     Args:
-        query_block_size, kv_block_size: queries and keys in a tile, powers of two, 16 or more. None: measured once for
-            each kind of call on this GPU and kept on disk. They change the last digits, and nothing else.
+        query_block_size, kv_block_size: queries and keys in a tile, powers of two, 16 or more; fewer where a GPU has no
+            room for them. None: measured once for each kind of call on this GPU and kept on disk. They change the last
+            digits, and nothing else.
     Raises:
         ValueError: a block size that is no such power of two.
     """
@@ -174,7 +179,7 @@ def backward(
 
     launch(
         "backward_delta", tiles_of_queries, (context, grad_context, delta), strides(context, grad_context),
-        {"heads": heads, "query_len": query_len}, {"HEAD_DIM": kind["HEAD_DIM"], "WIDTH": kind["WIDTH"]}, blocks,
+        {"heads": heads, "query_len": query_len}, {key: kind[key] for key in ("HEAD_DIM", "WIDTH", "WIDEN")}, blocks,
     )  # fmt: skip
     launch(
         "backward_dkdv", lambda block: -(-key_len // block["BLOCK_K"]) * batch * kv_heads,
@@ -264,28 +269,53 @@ def launch(name: str, programs, tensors: tuple, steps: list[int], given: dict, k
 
     sizes = {"BLOCK_Q": blocks[0], "BLOCK_K": blocks[1]}
     if name == "backward_delta":  # one pass over the rows: nothing to be tuned
-        sizes = {"BLOCK_Q": DEFAULT_BLOCK}
+        sizes = {"BLOCK_Q": rows_of_delta(tensors[0].dtype, *blocks)}
     elif interpreted():
         sizes = {key: size or DEFAULT_BLOCK for key, size in sizes.items()}
-    kernel = getattr(kernels, name)
+    kernel, float32, width = getattr(kernels, name), tensors[0].dtype == torch.float32, kind["WIDTH"]
     if 0 in sizes.values():
-        kernel, sizes = tuned(name, *blocks), {}  # its own sizes come with it
+        kernel, sizes = tuned(name, *blocks, ROOM_FLOAT32 // width if float32 else 0), {}  # its own sizes come with it
+    elif name != "backward_delta" and not interpreted():
+        query_block_size, kv_block_size = fitting(*blocks, (ROOM_FLOAT32 if float32 else ROOM) // width)
+        sizes = {"BLOCK_Q": query_block_size, "BLOCK_K": kv_block_size, "num_stages": 2}
+        sizes["num_warps"] = 8 if query_block_size * kv_block_size > 64 * 64 else 4
     device = tensors[0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[lambda block: (programs(block),)](*tensors, *steps, **given, **kind, **sizes)
 
 
+def rows_of_delta(dtype: torch.dtype, query_block_size: int, kv_block_size: int) -> int:
+    """Rows in a tile of backward_delta; few in float32, whose products are unrolled into single multiplications."""
+    few = dtype == torch.float32
+    if interpreted():  # numpy adds the products of small tiles up in another order: small where the others are small
+        few = (query_block_size or DEFAULT_BLOCK) * (kv_block_size or DEFAULT_BLOCK) <= 1024
+    return 16 if few else DEFAULT_BLOCK
+
+
+def fitting(query_block_size: int, kv_block_size: int, room: int) -> tuple[int, int]:
+    """The sizes, the larger one halved until their product is at most `room`; 0: any."""
+    while room and query_block_size * kv_block_size > room and max(query_block_size, kv_block_size) > 16:
+        if query_block_size > kv_block_size:
+            query_block_size //= 2
+        else:
+            kv_block_size //= 2
+    return query_block_size, kv_block_size
+
+
 @cache
-def tuned(name: str, query_block_size: int, kv_block_size: int):
+def tuned(name: str, query_block_size: int, kv_block_size: int, room: int):
     """The kernel with the fastest tiles for each kind of call (head_dim, dtype, mask, dropout), measured at its first.
 
-    The result is kept on disk: other tiles are other roundings, and a run that is resumed must take the same.
+    Tiles for which the GPU has no room are passed over. The result is kept on disk: other tiles are other roundings,
+    and a run that is resumed must take the same.
     """
     import triton
 
     from CMHA.implementations import flash_triton_kernels as kernels
 
-    sizes = {(query_block_size or q, kv_block_size or k, warps, stages) for q, k, warps, stages in TILES}
+    sizes = {
+        (*fitting(query_block_size or q, kv_block_size or k, room), warps, stages) for q, k, warps, stages in TILES
+    }
     configs = [
         triton.Config({"BLOCK_Q": q, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
         for q, k, warps, stages in sorted(sizes)

@@ -33,7 +33,7 @@ def forward(
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, TEXTS: tl.constexpr,
     DROPOUT: tl.constexpr, WIDEN: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tile, table = tile_of_program(tl.cdiv(query_len, BLOCK_Q))
+    tile, table = tile_of_program(tl.cdiv(query_len, BLOCK_Q), LAST_FIRST=CAUSAL)
     batch, head = (table // heads).to(tl.int64), (table % heads).to(tl.int64)
     kv_head = head // group  # grouped heads: several query heads share it
     first = tile * BLOCK_Q
@@ -84,17 +84,21 @@ def forward(
 def backward_delta(
     context, grad_context, delta,
     o_batch, o_head, o_token, do_batch, do_head, do_token, heads, query_len,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WIDEN: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """delta: what softmax's gradient subtracts from each row, sum_j weight_j * grad_weight_j = O . grad O."""
-    tile, table = tile_of_program(tl.cdiv(query_len, BLOCK_Q))
+    """delta: what softmax's gradient subtracts from each row, sum_j weight_j * grad_weight_j = O . grad O.
+
+    The diagonal of a matrix product, as grad_o @ v.T is one: rounded alike, the two cancel where there is one key.
+    """
+    tile, table = tile_of_program(tl.cdiv(query_len, BLOCK_Q), LAST_FIRST=False)
     batch, head = (table // heads).to(tl.int64), (table % heads).to(tl.int64)
     rows = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o = load(context + batch * o_batch + head * o_head, rows, o_token, query_len, HEAD_DIM, WIDTH, True, True)
-    grad_o = load(
-        grad_context + batch * do_batch + head * do_head, rows, do_token, query_len, HEAD_DIM, WIDTH, True, True
-    )
-    tl.store(delta + table.to(tl.int64) * query_len + rows, tl.sum(o * grad_o, 1), mask=rows < query_len)
+    o = load(context + batch * o_batch + head * o_head, rows, o_token, query_len, HEAD_DIM, WIDTH, WIDEN, True)
+    grad_of_head = grad_context + batch * do_batch + head * do_head
+    grad_o = load(grad_of_head, rows, do_token, query_len, HEAD_DIM, WIDTH, WIDEN, True)
+    diagonal = rows[:, None] == rows[None, :]
+    row_delta = tl.sum(tl.where(diagonal, product(grad_o, tl.trans(o)), 0.0), 1)
+    tl.store(delta + table.to(tl.int64) * query_len + rows, row_delta, mask=rows < query_len)
 
 
 @triton.jit
@@ -106,7 +110,7 @@ def backward_dkdv(
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, TEXTS: tl.constexpr,
     DROPOUT: tl.constexpr, WIDEN: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tile, kv_table = tile_of_program(tl.cdiv(key_len, BLOCK_K))
+    tile, kv_table = tile_of_program(tl.cdiv(key_len, BLOCK_K), LAST_FIRST=False)
     kv_heads = heads // group
     batch, kv_head = (kv_table // kv_heads).to(tl.int64), (kv_table % kv_heads).to(tl.int64)
     first = tile * BLOCK_K
@@ -163,7 +167,7 @@ def backward_dq(
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, TEXTS: tl.constexpr,
     DROPOUT: tl.constexpr, WIDEN: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tile, table = tile_of_program(tl.cdiv(query_len, BLOCK_Q))
+    tile, table = tile_of_program(tl.cdiv(query_len, BLOCK_Q), LAST_FIRST=CAUSAL)
     batch, head = (table // heads).to(tl.int64), (table % heads).to(tl.int64)
     kv_head = head // group  # grouped heads: several query heads share it
     first = tile * BLOCK_Q
@@ -204,13 +208,17 @@ def backward_dq(
 
 
 @triton.jit
-def tile_of_program(tiles):
+def tile_of_program(tiles, LAST_FIRST: tl.constexpr):
     """(tile, table): which tile of which T x T table (one for each sequence and head) is this program's.
 
-    The last tile comes first: under a causal mask it meets the most keys, and should not start when the others end.
+    Under a causal mask the last queries meet the most keys, and the first keys the most queries: what takes longest
+    starts first, so that it does not end alone.
     """
     program = tl.program_id(0)
-    return tiles - 1 - program % tiles, program // tiles
+    tile = program % tiles
+    if LAST_FIRST:
+        tile = tiles - 1 - tile
+    return tile, program // tiles
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from CMHA.implementations import IMPLEMENTATIONS
         ("flash_attn_1", "sdpa"),
         ("flash_tiled", "flash_tiled"),
         ("flash_triton", "flash_triton"),
+        ("triton", "flash_triton"),
         ("flash_attn_2", "flash_attention_2"),
         ("fa2", "flash_attention_2"),
         ("flash_attn_3", "flash_attention_3"),
@@ -53,6 +54,6 @@ def test_what_resembles_nothing_is_refused_without_a_guess(wrong):
 
 
 def test_a_file_in_the_registry_takes_over_a_name_that_was_not_built(monkeypatch):
-    monkeypatch.setitem(IMPLEMENTATIONS, "flash_triton", type("module", (), {"ALIASES": ("triton",)}))
-    assert canonical_name("triton") == "flash_triton"
-    assert list(known_names()).count("flash_triton") == 1
+    monkeypatch.setitem(IMPLEMENTATIONS, "paged_attention", type("module", (), {"ALIASES": ("pages",)}))
+    assert canonical_name("pages") == "paged_attention"
+    assert list(known_names()).count("paged_attention") == 1

@@ -353,3 +353,11 @@ def test_one_that_ignores_the_scale_it_is_given_fails():
     runs = graded(implementation(always_the_usual), [replace(SMALL[0], seed=seed) for seed in (0, 1)])
     assert [failed(run) for run in runs] == [False, True]
     assert {case.seed % 2 for case in cases_to_grade()} == {0, 1}
+
+
+def test_short_cases_for_an_interpreter_are_both_grids_with_up_to_130_tokens():
+    cases = cases_to_grade(short=True)
+    assert max(max(case.query_len, case.key_len) for case in cases) == 130
+    assert {case.window for case in cases} == {None, 7}  # the second grid is among them
+    assert {case.head_dim for case in cases} == {case.head_dim for case in cases_to_grade()}
+    assert len(cases) < len(cases_to_grade(short=True, full=True))
