@@ -74,7 +74,7 @@ def changes(name: str, n_heads: int) -> dict:
     """The cfg keys in which a variant differs from GPT-2."""
     pairs = {"n_kv_heads": n_heads // 2}
     rope, rmsnorm = {"positions": "rope"}, {"norm": "rmsnorm"}
-    # A product of two small numbers: with nano's 0.05 it adds half as much to the stream, and one seed stayed 0.07 above.
+    # Two small numbers multiplied: with nano's 0.05 it adds half as much to the stream, and seed 0 stays 0.07 above.
     swiglu = {"mlp": "swiglu", "init_std": 0.08}
     every = {"gpt2": {}, "grouped": pairs, "one_kv_head": {"n_kv_heads": 1}, "rope": rope, "rmsnorm": rmsnorm}
     return (every | {"swiglu": swiglu, "all_four": pairs | rope | rmsnorm | swiglu})[name]
