@@ -110,7 +110,7 @@ def attention(
                 f"flash_triton's tiles hold 16, 32, 64, 128, ... queries and keys, got a block size of {size}."
             )
     queries, keys, values = (row_major(tensor) for tensor in cast_by_autocast(queries, keys, values))
-    query_texts, key_texts = mask.once("texts", lambda: texts_of(mask))
+    query_texts, key_texts = mask.once(f"texts:{len(queries)}", lambda: texts_of(mask, len(queries)))
     # On the device and as a tensor: a number would make the GPU wait, and torch.compile break its graph.
     seed = torch.randint(2**62, (1,), device=queries.device) if dropout > 0 else None
     blocks = (query_block_size or 0, kv_block_size or 0)
@@ -125,7 +125,7 @@ def row_major(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def texts_of(mask) -> tuple[Int32[Tensor, "batch query_len"] | None, Int32[Tensor, "batch key_len"] | None]:
+def texts_of(mask, batch: int) -> tuple[Int32[Tensor, "batch query_len"] | None, Int32[Tensor, "batch key_len"] | None]:
     """Padding and documents in one: a query sees the keys of its own text, named by where it starts; -1 is padding."""
     if mask.padding_mask is None and mask.documents is None:
         return None, None
@@ -133,10 +133,12 @@ def texts_of(mask) -> tuple[Int32[Tensor, "batch query_len"] | None, Int32[Tenso
         texts = torch.zeros_like(mask.padding_mask, dtype=torch.int32)
         query_texts = texts[:, :1].expand(-1, mask.query_len).contiguous()
     else:
-        texts = torch.searchsorted(mask.documents, mask.documents, out_int32=True)
+        documents = mask.documents.contiguous()
+        texts = torch.searchsorted(documents, documents, out_int32=True)
         query_texts = texts[:, mask.offset :].contiguous()
     key_texts = texts if mask.padding_mask is None else texts.masked_fill(~mask.padding_mask, -1)
-    return query_texts, key_texts
+    # One row may stand for all sequences; the kernels look up a row for each.
+    return tuple(rows.expand(batch, -1).contiguous() for rows in (query_texts, key_texts))
 
 
 @torch.library.custom_op("gpt2_from_scratch::flash_attention", mutates_args=())

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from CMHA.dropout import keep_mask
-from CMHA.implementations import flash_triton
+from CMHA.implementations import eager, flash_triton
 from CMHA.kv_cache import KVCache
 from CMHA.masks import AttentionMask
 from GPT2Model.gpt2 import GPTModel
@@ -173,6 +173,21 @@ def layouts(tensor):
     every_second = torch.full((batch, heads, length, 2 * width), torch.nan, dtype=tensor.dtype, device=tensor.device)
     every_second[..., ::2] = tensor
     yield "every_second_number", every_second[..., ::2]
+
+
+@pytest.mark.parametrize("rule", ["padding", "documents", "both"])
+def test_one_row_of_a_mask_may_stand_for_all_sequences(rule, kernels):
+    queries, keys, values = (torch.randn(3, 2, 20, 16, device=kernels) for _ in range(3))
+    padding = torch.arange(20, device=kernels)[None] >= 4 if rule != "documents" else None
+    documents = (torch.arange(20, device=kernels)[None] >= 11).long() if rule != "padding" else None
+    mask = AttentionMask(20, 20, padding_mask=padding, documents=documents, device=kernels)
+    found, _ = flash_triton.attention(queries, keys, values, mask, scale=0.25)
+    exact, _ = eager.attention(queries.double(), keys.double(), values.double(), mask, scale=0.25)
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-6)
+    mask = AttentionMask(20, 20, padding_mask=None if padding is None else padding.expand(3, -1),
+                         documents=None if documents is None else documents.expand(3, -1))  # fmt: skip
+    again, _ = flash_triton.attention(queries, keys, values, mask, scale=0.25)
+    assert torch.equal(again, found)
 
 
 def test_the_layout_of_the_tensors_changes_no_bit(kernels):

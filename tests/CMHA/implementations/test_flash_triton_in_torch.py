@@ -92,7 +92,8 @@ def test_torchs_own_check_of_custom_operators_finds_nothing(masked, kernels):
     if masked:
         padding = torch.ones(2, 35, dtype=torch.bool, device=kernels)
         padding[1, :5] = False
-        texts = (*flash_triton.texts_of(AttentionMask(19, 35, padding_mask=padding)), torch.tensor([7], device=kernels))
+        mask = AttentionMask(19, 35, padding_mask=padding)
+        texts = (*flash_triton.texts_of(mask, batch=2), torch.tensor([7], device=kernels))
     call = (True, 0, 0.25, 0.3 if masked else 0.0, 16, 32)
     operators = torch.ops.gpt2_from_scratch
     torch.library.opcheck(operators.flash_attention.default, (queries, keys, values, *texts, *call))
