@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from CMHA.choosing import AttentionSettings, canonical_name, did_you_mean
+from CMHA.implementations import flash_triton
 
 REQUIRED = object()
 
@@ -123,7 +124,8 @@ def from_preset(name: str, **overrides) -> dict:
     canonical = PRESET_ALIASES.get(name, name)
     if canonical not in PRESETS:
         names = [*PRESETS, *PRESET_ALIASES]
-        raise ValueError(f"unknown preset {name!r}.{did_you_mean(name, names)} Presets: {', '.join(names)}.")
+        folder = " There is no such folder here either." if "/" in name or "\\" in name else ""
+        raise ValueError(f"unknown preset {name!r}.{did_you_mean(name, names)}{folder} Presets: {', '.join(names)}.")
     return complete({**PRESETS[canonical], **overrides})
 
 
@@ -235,6 +237,10 @@ def contradictions(cfg: dict) -> list[str]:
         problems.append(
             f"'positions': 'rope' turns pairs of numbers, so emb_dim / n_heads must be even, got {head_dim:.0f}."
         )
+    blocks = [cfg[name] for name in ("flash_query_block_size", "flash_kv_block_size")]
+    tiles = all(block is None or isinstance(block, int) for block in blocks)
+    if tiles and cfg["attn_implementation"] in ("flash_triton", *flash_triton.ALIASES):
+        problems += filter(None, [flash_triton.wrong_tiles(*blocks)])
     return problems
 
 

@@ -56,8 +56,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--attn_implementation",
         default=None,
         metavar="NAME",
-        help="how attention is computed: auto (default), eager, sdpa, flash_tiled, flash_attention_2, "
-        "flash_attention_3, flex_attention, or an alias; `doctor` says which can be used here",
+        help="how attention is computed: auto (default), eager, sdpa, flash_tiled, flash_triton, "
+        "flash_attention_2, flash_attention_3, flex_attention, or an alias; `doctor` says which can be used here",
     )
     parser.add_argument("--use_flash_attention", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(

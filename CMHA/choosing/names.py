@@ -55,7 +55,8 @@ def canonical_name(name: object) -> str:
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
     """ " Did you mean 'the nearest'?", or nothing where nothing is near."""
-    near = difflib.get_close_matches(str(word), list(known), n=1)
+    known = list(known)
+    near = difflib.get_close_matches(str(word), known, n=1) or difflib.get_close_matches(str(word).lower(), known, n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 

@@ -63,7 +63,10 @@ def reasons_of_device(device: str) -> list[Reason]:
     if device not in ("cuda", "cpu"):
         return [Reason("cuda_only", f"it runs on CUDA, not on {device}", "leave it at auto here")]
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        remedy = "use flash_tiled, the same algorithm in PyTorch; or, to try the kernels, set TRITON_INTERPRET=1"
+        remedy = (
+            "use flash_tiled, the same algorithm in PyTorch; or, to try the kernels, set TRITON_INTERPRET=1 before "
+            "Python starts (in a notebook: restart the kernel, and set it in the first cell)"
+        )
         return [Reason("cuda_only", "it runs on CUDA; on a CPU in Triton's interpreter only", remedy)]
     if not find("triton").available:
         error = find("triton").error
@@ -104,11 +107,8 @@ def attention(
     Raises:
         ValueError: a block size that is no such power of two.
     """
-    for size in (query_block_size, kv_block_size):
-        if size is not None and (size < 16 or size & (size - 1)):
-            raise ValueError(
-                f"flash_triton's tiles hold 16, 32, 64, 128, ... queries and keys, got a block size of {size}."
-            )
+    if problem := wrong_tiles(query_block_size, kv_block_size):
+        raise ValueError(problem)
     queries, keys, values = (row_major(tensor) for tensor in cast_by_autocast(queries, keys, values))
     query_texts, key_texts = mask.once(f"texts:{len(queries)}", lambda: texts_of(mask, len(queries)))
     # On the device and as a tensor: a number would make the GPU wait, and torch.compile break its graph.
@@ -118,6 +118,18 @@ def attention(
         queries, keys, values, query_texts, key_texts, seed, mask.causal, mask.window or 0, scale, dropout, *blocks
     )
     return context, None
+
+
+def wrong_tiles(*sizes: int | None) -> str | None:
+    """What is wrong with these block sizes, or None."""
+    wrong = [str(size) for size in sizes if size is not None and (size < 16 or size & (size - 1))]
+    if not wrong:
+        return None
+    return (
+        "flash_triton's tiles hold 16, 32, 64, 128, ... queries and keys, so flash_query_block_size and "
+        f"flash_kv_block_size must be such powers of two, or None (chosen); got {' and '.join(wrong)}. flash_tiled "
+        "takes any."
+    )
 
 
 def row_major(tensor: Tensor) -> Tensor:

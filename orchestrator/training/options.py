@@ -62,8 +62,8 @@ class Options:
     # dropout; None: 0 for fresh weights, which see a text about once, and for a folder's what its model has
     drop_rate: float | None = None
 
-    # auto, eager, sdpa, flash_tiled, flash_attention_2, flash_attention_3, flex_attention or paged_attention;
-    # `python -m orchestrator doctor` says which can be used here; None: auto
+    # auto, eager, sdpa, flash_tiled, flash_triton, flash_attention_2, flash_attention_3, flex_attention or
+    # paged_attention; `python -m orchestrator doctor` says which can be used here; None: auto
     attn_implementation: str | None = None
     # deprecated: write --attn_implementation flash_attention_2
     use_flash_attention: bool = False

@@ -78,6 +78,19 @@ def test_a_preset_takes_overrides_and_stays_as_it_was():
     assert before == PRESETS
 
 
+def test_a_folder_that_is_not_there_is_said_to_be_missing():
+    with pytest.raises(
+        ValueError, match=r"unknown preset 'runs/x/final'\. There is no such folder here either\. Presets:"
+    ):
+        from_preset("runs/x/final")
+
+
+def test_blocks_that_only_the_kernels_refuse_are_right_elsewhere():
+    assert (
+        complete({**GOOD, "attn_implementation": "flash_tiled", "flash_kv_block_size": 48})["flash_kv_block_size"] == 48
+    )
+
+
 def test_an_unknown_preset_is_answered_with_the_nearest_and_with_all():
     with pytest.raises(ValueError, match="Did you mean 'gpt2-medium'") as caught:
         from_preset("gpt2_medium")
@@ -138,6 +151,9 @@ def test_all_problems_are_reported_at_once():
         ({"mlp": True}, "'mlp' must be 'gelu' or 'swiglu', got True."),
         ({"mlp": ["gelu"]}, "'mlp' must be 'gelu' or 'swiglu', got ['gelu']."),
         ({"positions": "learnt"}, "'positions' must be 'learned' or 'rope', got 'learnt'. Did you mean 'learned'?"),
+        ({"norm": "RMSNorm"}, "got 'RMSNorm'. Did you mean 'rmsnorm'?"),
+        ({"attn_implementation": "flash_triton", "flash_kv_block_size": 48}, "or None (chosen); got 48."),
+        ({"attn_implementation": "triton", "flash_query_block_size": 8}, "or None (chosen); got 8."),
         ({"positions": "rope", "n_heads": 6}, "turns pairs of numbers, so emb_dim / n_heads must be even, got 5."),
         ({"positions": "rope", "n_heads": 4}, "'n_heads' must divide 'emb_dim': 30 / 4 is not whole"),  # and only that
         ({"positions": "rope", "n_heads": True}, "'n_heads' must be a whole number, 1 or more, got True"),
