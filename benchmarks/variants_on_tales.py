@@ -278,7 +278,7 @@ def write_pages(results: dict, folder: Path = FOLDER) -> None:
         text = (folder / page).read_text(encoding="utf-8")
         replace_text(folder / page, BLOCK.sub(lambda m, page=page: m[1] + block(results, page) + m[2], text))
     for name, drawn in variant_figures.all_figures(results).items():
-        replace_file(folder / f"{name}.png", lambda beside, drawn=drawn: drawn.savefig(beside, format="png", dpi=100))
+        replace_file(folder / f"{name}.png", lambda beside, drawn=drawn: drawn.savefig(beside, format="png", dpi=95))
 
 
 # ------------------------------------------------------------------ the command

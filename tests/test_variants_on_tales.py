@@ -51,7 +51,8 @@ def test_each_variant_changes_what_its_name_says_and_all_four_change_all(bench):
     changed = {name: bench.changes(name, 4) for name in LABELS}
     assert changed.pop("gpt2") == {}
     assert changed["all_four"] == changed["grouped"] | changed["rope"] | changed["rmsnorm"] | changed["swiglu"]
-    assert {key for keys in changed.values() for key in keys} == {"n_kv_heads", "positions", "norm", "mlp"} <= set(KEYS)
+    four = {"n_kv_heads", "positions", "norm", "mlp"}
+    assert {key for keys in changed.values() for key in keys} == four | {"init_std"} <= set(KEYS)
     for name, keys in changed.items():
         model = bench.fresh(name, 0)
         assert {key: model.cfg[key] for key in keys} == keys

@@ -31,8 +31,8 @@ SPEED_COMMAND = "python benchmarks/variants_on_tales.py --only speed"
 LENGTH_LINES = (  # model, how it read windows longer than it learned, in words
     ("gpt2", "cut", "GPT-2, read in windows of 64"),
     ("gpt2", "whole", "GPT-2, read in windows of 128"),
-    ("rope", "cut", "rotary positions, windows of 64"),
-    ("rope", "whole", "rotary positions, windows of 128"),
+    ("rope", "cut", "rotary positions, read in windows of 64"),
+    ("rope", "whole", "rotary positions, read in windows of 128"),
 )
 
 

@@ -88,7 +88,7 @@ def test_the_loss_by_position():
     heads, _, *rows = length_table(results()).splitlines()
     assert cells(heads) == ["positions", "0 to 15", "16 to 31"]
     assert cells(rows[0]) == ["GPT-2, read in windows of 64", "2.00", "1.25"]
-    assert cells(rows[3]) == ["rotary positions, windows of 128", "2.00", "9.00"]
+    assert cells(rows[3]) == ["rotary positions, read in windows of 128", "2.00", "9.00"]
 
 
 def test_a_page_has_its_own_models_and_the_machine():
