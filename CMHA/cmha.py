@@ -88,8 +88,9 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"{lengths[1]} tokens are more than context_length={self.context_length}: pass fewer.")
         if mask is None:
             mask = AttentionMask(*lengths, padding_mask=padding_mask, batch_size=len(x), device=x.device)
-        elif (mask.query_len, mask.key_len) != lengths:
-            raise ValueError(f"the mask is for {(mask.query_len, mask.key_len)} queries and keys, not {lengths}.")
+        elif (mask.query_len, mask.key_len) != lengths or mask.batch_size not in (None, 1, len(x)):
+            fits = f"{(mask.query_len, mask.key_len)} queries and keys, {mask.batch_size or 'any'} sequences"
+            raise ValueError(f"the mask is for {fits}, not {lengths}, {len(x)}.")
         if self.rotary is not None:
             queries, keys = self.rotary(queries, keys, mask)
         queries, keys, values = tap("queries", queries), tap("keys", keys), tap("values", values)

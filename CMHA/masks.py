@@ -66,6 +66,8 @@ class AttentionMask:
         self.query_len, self.key_len, self.causal = query_len, key_len, causal
         self.offset = key_len - query_len
         self.padding_mask, self.documents = padding_mask, documents
+        rows = [len(tensor) for tensor in (padding_mask, documents) if tensor is not None]
+        self.batch_size = rows[0] if rows else None  # None: the same for every sequence
         # A window as wide as the sequence hides nothing: then it is none.
         self.window = window if window is not None and window < max(query_len, key_len) else None
         given = [tensor.device for tensor in (padding_mask, documents) if tensor is not None]

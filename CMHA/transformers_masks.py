@@ -121,6 +121,8 @@ def mask_function_for(masking_utils: ModuleType) -> Callable:
                 "attention_mask must be (B, tokens) with 1 = a real token, or a ready (B, 1, queries, keys) table; got "
                 f"{tuple(attention_mask.shape)}."
             )
+        if attention_mask is not None:
+            refuse_padding(attention_mask.shape, batch_size, q_length, kv_length, q_offset, kv_offset)
         lengths = {"q_length": q_length, "kv_length": kv_length, "q_offset": q_offset, "kv_offset": kv_offset}
 
         def as_table() -> Tensor:
@@ -153,6 +155,34 @@ def mask_function_for(masking_utils: ModuleType) -> Callable:
         return RuleMask(batch_size, kv_length, q_length, key_len, **rules, padding_mask=padding_mask, device=device)
 
     return make_mask
+
+
+def refuse_padding(shape, batch_size: int, q_length: int, kv_length: int, q_offset, kv_offset: int) -> None:
+    """Raise one ValueError about an attention_mask of another batch or length than the tokens.
+
+    Why: what is missing would be hidden, what is too much left out, and one row would serve all sequences, in silence.
+    A static cache counts its tokens on the device: then the length is not looked at, which would wait for it.
+    """
+    problems = []
+    if shape[0] != batch_size:
+        problems.append(
+            f"it has {shape[0]} row{'s' * (shape[0] != 1)} for {batch_size} sequences: give each its own row"
+            + ", mask.expand(B, -1) if they are padded alike" * (shape[0] == 1)
+        )
+    if not isinstance(q_offset, Tensor):
+        given = q_offset + q_length
+        fewest, most = min(given, kv_offset + kv_length), max(given, kv_offset + kv_length)
+        if not fewest <= shape[1] <= most:
+            problems.append(
+                f"it has {shape[1]} columns for {fewest} tokens: give it one for each"
+                + f", the {q_offset} in the cache included" * bool(q_offset)
+            )
+    if problems:
+        tokens = "tokens" if isinstance(q_offset, Tensor) else q_offset + q_length
+        raise ValueError(
+            f"attention_mask has shape {tuple(shape)}, and ({batch_size}, {tokens}) was expected: "
+            f"{'; '.join(problems)}."
+        )
 
 
 def makers_of(masking_utils: ModuleType) -> dict[object, str]:
@@ -227,7 +257,17 @@ def received(given, query: Tensor, key: Tensor, *, is_causal: bool | None, windo
     lengths = (query.shape[-2], key.shape[-2])
     if isinstance(given, RuleMask):
         if tuple(given.shape[-2:]) != lengths:
-            raise ValueError(f"the mask is for {tuple(given.shape[-2:])} queries and keys, not for {lengths}.")
+            raise ValueError(
+                f"the mask is for {tuple(given.shape[-2:])} queries and keys, not for {lengths}: an attention_mask has "
+                "one column for each token, those in the cache included."
+            )
+        # One row may stand for all where transformers itself has made it so; without rows of its own it fits any batch.
+        has_rows = given.padding_mask is not None or given.documents is not None
+        if has_rows and given.shape[0] not in (1, len(query)):
+            raise ValueError(
+                f"the mask has shape {tuple(given.shape)}, and {(len(query), 1, *lengths)} was expected: an "
+                "attention_mask has one row for each sequence."
+            )
         return given if torch.device(given.device) == query.device else given.on(query.device)
     if given is None:
         return without_mask(lengths, is_causal=is_causal, window=window, device=query.device)
@@ -238,7 +278,7 @@ def received(given, query: Tensor, key: Tensor, *, is_causal: bool | None, windo
     if batch not in (1, len(query)) or heads != 1 or queries not in (1, lengths[0]) or keys != lengths[1]:
         raise ValueError(
             f"attention_mask must have shape {(len(query), 1, *lengths)}, one table for all heads; got "
-            f"{tuple(given.shape)}."
+            f"{tuple(given.shape)}. One of (B, tokens) has a column for each key, those in the cache included."
         )
     allowed = given if given.dtype == torch.bool else allowed_by(given)
     return TableMask(allowed.expand(len(query), -1, -1, -1), lengths[0])

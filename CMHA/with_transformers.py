@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 from CMHA import transformers_masks
 from CMHA.choosing import AttentionChoice, AttentionSettings, choose
-from CMHA.choosing.choose import warn_of_fallback
+from CMHA.choosing.choose import Caller, warn_of_fallback
 from CMHA.implementations import IMPLEMENTATIONS
 from CMHA.masks import AttentionMask
 from CMHA.request import AttentionRequest, Reason
@@ -51,6 +51,7 @@ HARMLESS = frozenset({
 PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
 
 _registered: dict[str, tuple[Callable, Callable]] = {}
+_strict = [False]  # the last `strict` that was given
 
 
 def transformers_names() -> dict[str, str]:
@@ -68,7 +69,13 @@ def short_name(name: str, aliases: tuple[str, ...]) -> str:
     return name.removesuffix("_attention")
 
 
-def register_with_transformers(strict: bool = False) -> dict[str, str]:
+def caller() -> Caller:
+    """What our messages tell users of transformers to change."""
+    names = tuple((canonical, name) for name, canonical in transformers_names().items())
+    return Caller(take='model.set_attn_implementation("{}")', strict="strict=True", names=names)
+
+
+def register_with_transformers(strict: bool | None = None) -> dict[str, str]:
     """Make our implementations known to transformers, for this process.
 
     Why: any of its models that goes through AttentionInterface then runs on them, by
@@ -76,9 +83,9 @@ def register_with_transformers(strict: bool = False) -> dict[str, str]:
 
     Args:
         strict: raise where the named implementation cannot serve a call; else another takes its place, with one
-            WARNING that says why (as `attn_strict`).
+            WARNING that says why (as `attn_strict`). None: as it was, and False at first.
     Returns:
-        {name for transformers: canonical name}. Calling it again is harmless; the last `strict` holds.
+        {name for transformers: canonical name}. Calling it again is harmless: without `strict` it changes nothing.
     Raises:
         ImportError: transformers is not installed, or too old.
         ValueError: somebody else has registered one of the names; then none of ours is.
@@ -90,9 +97,11 @@ def register_with_transformers(strict: bool = False) -> dict[str, str]:
             f"transformers already has another attention implementation called {', '.join(taken)}, and we replace "
             "none. Take yours out first, or register it under another name."
         )
+    if strict is not None:
+        _strict[:] = [strict]
     make_mask = transformers_masks.mask_function_for(masking_utils)
     for name, canonical in names.items():
-        _registered[name] = (attention_function(name, canonical, strict), make_mask)
+        _registered[name] = (attention_function(name, canonical, _strict[0]), make_mask)
         AttentionInterface.register(name, _registered[name][0])
         AttentionMaskInterface.register(name, make_mask)
     return names
@@ -105,13 +114,18 @@ def is_somebody_elses(name: str, *registries) -> bool:
 
 
 def unregister_from_transformers() -> None:
-    """Take our names out again; a model that is set to one of them stops working."""
+    """Take our names out again, and forget `strict`.
+
+    A model that is set to one of them stops working, with a KeyError of transformers': switch it back first, by
+    `model.set_attn_implementation("sdpa")`; afterwards works too.
+    """
     AttentionInterface, AttentionMaskInterface, _ = registries()
     for name, ours in _registered.items():
         for interface, function in zip((AttentionInterface, AttentionMaskInterface), ours, strict=True):
             if interface._global_mapping.get(name) is function:  # there is no public way out
                 del interface._global_mapping[name]
     _registered.clear()
+    _strict[:] = [False]
 
 
 def registries():
@@ -132,7 +146,7 @@ def attention_function(name: str, canonical: str, strict: bool = False) -> Calla
     Returns:
         (module, query, key, value, attention_mask, ...) -> (context (B, T, H, D), weights or None)
     """
-    named = AttentionSettings(attn_implementation=canonical, attn_strict=strict)
+    named, words = AttentionSettings(attn_implementation=canonical, attn_strict=strict), caller()
 
     def attend(
         module, query, key, value, attention_mask, scaling=None, dropout=0.0, is_causal=None, sliding_window=None,
@@ -149,7 +163,8 @@ def attention_function(name: str, canonical: str, strict: bool = False) -> Calla
         needs_weights = bool(output_attentions) or weights_are_collected()
         request = AttentionRequest.describe(query, key, mask, dropout=dropout, needs_weights=needs_weights)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        context, weights = choose(settings, request).attention(query, key, value, mask, scale=scale, dropout=dropout)
+        choice = choose(settings, request, words)
+        context, weights = choice.attention(query, key, value, mask, scale=scale, dropout=dropout)
         if weights is not None:
             weights = pad(weights, (0, handed_over - key_len))
         return context.transpose(1, 2).contiguous(), weights
@@ -212,6 +227,10 @@ def settings_for_mask(settings: AttentionSettings, mask: AttentionMask) -> tuple
     else:
         return settings, mask
     if settings.attn_strict:
-        raise ValueError(f"{name} cannot serve this request: {reason.message}; {reason.remedy}.")
-    warn_of_fallback(AttentionChoice(name, "sdpa", ((name, (reason,)),), attention=IMPLEMENTATIONS["sdpa"].attention))
+        raise ValueError(
+            f"{name} cannot serve this request: {reason.message}; {reason.remedy}. With strict=True nothing may take "
+            "its place."
+        )
+    choice = AttentionChoice(name, "sdpa", ((name, (reason,)),), attention=IMPLEMENTATIONS["sdpa"].attention)
+    warn_of_fallback(choice, caller())
     return replace(settings, attn_implementation="sdpa"), mask

@@ -33,7 +33,7 @@ class GPTModel(nn.Module):
         super().__init__()
         self.cfg = cfg = complete(cfg)
         self.token_embedding = nn.Embedding(cfg["vocab_size"], cfg["emb_dim"])
-        self.position_embedding = variants.position_embedding(cfg)
+        self.position_embedding = variants.position_embedding(cfg)  # with rotary positions it adds 0
         self.dropout = nn.Dropout(cfg["drop_rate"])
         self.blocks = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg["n_layers"]))
         self.final_norm = variants.norm(cfg)

@@ -35,6 +35,7 @@ from GPT2Model.weight_formats import (
     regroup,
     translate,
     unlike_gpt2,
+    unlike_stored,
 )
 
 logger = logging.getLogger("GPT2Model")
@@ -93,9 +94,16 @@ def from_folder(folder: Path, changes: Mapping | None) -> GPTModel:
     if problems:
         raise ValueError("the cfg dict is wrong:\n" + "\n".join(f"  - {problem}" for problem in problems))
     stored = cfg_of(config, renamed, config_file)
+    different = unlike_stored(stored, renamed)
+    both = f"{config_file} says {'; '.join(different)}: leave {'them' if len(different) > 1 else 'it'} out of cfg. "
+    both += "Weights fit only the model that they were trained in; for another, train a GPTModel(cfg)."
     if renamed.get("n_heads", stored["n_heads"]) != stored["n_heads"]:  # the one size that no tensor's shape shows
-        raise ValueError(f"{config_file} says n_heads={stored['n_heads']}, and cfg {renamed['n_heads']}: leave it out.")
-    return from_state_dict(read_weights(weights[0]), {**stored, **renamed}, str(weights[0]))
+        raise ValueError(both)
+    state_dict = read_weights(weights[0])
+    try:
+        return from_state_dict(state_dict, {**stored, **renamed}, str(weights[0]))
+    except ValueError as error:
+        raise ValueError(f"{both}\n{error}" if different else str(error)) from error
 
 
 def from_state_dict(state_dict: object, cfg: Mapping | None, where: str) -> GPTModel:
@@ -116,7 +124,11 @@ def from_state_dict(state_dict: object, cfg: Mapping | None, where: str) -> GPTM
                 f"{where} has a head that differs from its embedding, and cfg says tie_weights=True: use False."
             )
         full["tie_weights"] = False  # the cfg did not say: the weights do
-    fit_heads(weights, full)
+    problems = []
+    try:
+        fit_heads(weights, full)
+    except ValueError as error:
+        problems.append(str(error))
     if full["tie_weights"] and embedding is not None:
         weights["head.weight"] = embedding  # the model lists the shared tensor under both names
 
@@ -124,7 +136,8 @@ def from_state_dict(state_dict: object, cfg: Mapping | None, where: str) -> GPTM
     model = GPTModel(full)
     if len(floats) == 1:
         model = model.to(floats.pop())
-    problems = misfits(model, weights)
+    heads = bool(problems)  # what is said about them is not said again about their shapes
+    problems += [problem for problem in misfits(model, weights) if not (heads and ".W_qkv." in problem)]
     if problems:
         shown = "\n".join(f"  - {problem}" for problem in problems[:12])
         more = f"\n  and {len(problems) - 12} more" if len(problems) > 12 else ""

@@ -28,6 +28,18 @@ class Row:
     where: tuple[int, ...] = ()
     note: str = ""
 
+    @property
+    def figure(self) -> str:
+        """How far apart, in words; of other shapes which, and nothing of what only one trace has."""
+        if self.verdict == SHAPE:
+            return self.note
+        if self.amount != self.amount:
+            return ""
+        if self.relative == float("inf"):
+            what = "a number against NaN or inf" if self.amount == float("inf") else "and a is 0 throughout"
+            return f"{self.amount:9.2e} ({what})"
+        return f"{self.amount:9.2e} ({self.relative:.1e} of the largest value)"
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -45,7 +57,9 @@ class Difference:
         return next((row.amount for row in self.rows if row.name == self.first), 0.0)
 
     def __str__(self) -> str:
-        counts = {verdict: sum(row.verdict == verdict for row in self.rows) for verdict in (SAME, ROUNDED, PARTED)}
+        verdicts = [row.verdict for row in self.rows]
+        counts = {verdict: verdicts.count(verdict) for verdict in (SAME, ROUNDED, PARTED)}
+        counts |= {verdict: verdicts.count(verdict) for verdict in (SHAPE, ONLY_A, ONLY_B) if verdict in verdicts}
         lines = []
         for row in self.rows:
             if row.name == self.first:
@@ -57,8 +71,9 @@ class Difference:
         )
         width = max(len(row.name) for row in self.rows)
         for row in self.rows:
-            figure = "" if row.amount != row.amount else f"{row.amount:9.2e} ({row.relative:.1e} of the largest value)"
-            lines.append(f"  {row.name:{width}}  {row.verdict:11}  {figure}{' <- first' * (row.name == self.first)}")
+            lines.append(
+                f"  {row.name:{width}}  {row.verdict:11}  {row.figure}{' <- first' * (row.name == self.first)}"
+            )
         return "\n".join(lines)
 
     __repr__ = __str__

@@ -75,6 +75,20 @@ HF_HARMLESS = {
 }  # fmt: skip
 OUR_CFG = "gpt2_from_scratch_cfg"  # our own dict, kept in config.json beside Hugging Face's fields
 OUR_TYPE = "gpt2-from-scratch"  # the model_type of a folder that only this project opens
+SHAPING = (
+    "vocab_size",
+    "context_length",
+    "emb_dim",
+    "n_heads",
+    "n_layers",
+    "qkv_bias",
+    "tie_weights",
+    "ff_dim",
+    "n_kv_heads",
+    "norm",
+    "mlp",
+    "positions",
+)  # the keys that decide which weights there are
 VARIANTS = ("norm", "mlp", "positions")  # the keys that Hugging Face's GPT-2 cannot express, unless they are its own
 
 
@@ -119,6 +133,30 @@ def unlike_gpt2(cfg: Mapping) -> list[str]:
         f"{name}={cfg[name]!r}, where GPT-2 has {KEYS[name].default!r}"
         for name in VARIANTS
         if cfg.get(name, KEYS[name].default) != KEYS[name].default
+    ]
+
+
+def unlike_stored(stored: Mapping, changes: Mapping) -> list[str]:
+    """The keys of `changes` that ask for other weights than the stored ones, a phrase each; drop_rate, say, does not.
+
+    Args:
+        stored: a cfg dict. changes: some keys of one.
+    """
+    stored = {name: stored.get(name, key.default) for name, key in KEYS.items()}
+    shaping = [name for name in SHAPING if name in changes]
+    if stored["positions"] == "rope" and changes.get("positions", "rope") == "rope":  # no weight has the length
+        shaping = [name for name in shaping if name != "context_length"]
+    same = {"n_kv_heads": stored["n_heads"]}  # what None means
+    if stored["mlp"] == "gelu":
+        same["ff_dim"] = 4 * stored["emb_dim"]
+
+    def value(cfg: Mapping, name: str):
+        return same.get(name) if cfg[name] is None else cfg[name]
+
+    return [
+        f"{name}={stored[name]!r}, and cfg {changes[name]!r}"
+        for name in shaping
+        if value(stored, name) != value(changes, name)
     ]
 
 
@@ -200,7 +238,8 @@ def ungroup(rows: Tensor, cfg: dict, name: str) -> Tensor:
     whole = torch.cat([queries, *once])
     if not torch.equal(regroup(whole, cfg), rows):
         raise ValueError(
-            f"{name} has {cfg['n_heads']} different key-value heads, and cfg says n_kv_heads={cfg['n_kv_heads']}."
+            f"{name} has {cfg['n_heads']} different key-value heads, and cfg says n_kv_heads={cfg['n_kv_heads']}: "
+            "leave it out of cfg, or say None."
         )
     return whole
 

@@ -166,10 +166,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             found = run_step(name, plan, write, cache)
             passed.append(found["passed"])
-            print(f"{WORDS[found['passed']]}  {name}: {found['figure']}", flush=True)
+            word = "dry run" if args.dry_run and found["passed"] is not False else WORDS[found["passed"]]
+            print(f"{word}  {name}: {found['figure']}", flush=True)
             if name == "lengths" and "rows" in found:
                 print(f"      figures: {', '.join(draw(results['steps'][name], facts, out, args.dry_run))}")
-    print(f"written: {out}")
+    print(f"written: {out}" + f" ({INTERPRETED})" * args.dry_run)
     return 1 if False in passed else 0
 
 

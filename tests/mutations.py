@@ -119,7 +119,7 @@ MISTAKES += [
         "a table for every layer", "CMHA/masks.py", "if name not in self._derived:", "if True:", MASKS,
     ),
     Mistake(
-        "a fallback in silence", "CMHA/choosing/choose.py", "    warn_of_fallback(choice)\n    return choice",
+        "a fallback in silence", "CMHA/choosing/choose.py", "    warn_of_fallback(choice, caller)\n    return choice",
         "    return choice", CHOOSING,
     ),
     Mistake(

@@ -56,14 +56,28 @@ def test_a_dry_run_does_every_step_and_says_that_it_measures_nothing(dry):
     assert "NOT A MEASUREMENT" in results["not_a_measurement"]
     assert printed.startswith(results["not_a_measurement"])
     for name, step in results["steps"].items():
-        assert step["passed"] is (None if name == "speed" else True), (name, step["figure"])
+        assert step["passed"] is (True if name == "parity" else None), (name, step["figure"])
         assert step["command"] == "python benchmarks/kernels_on_gpu.py --dry-run"
         assert step["machine"]["triton_runs"] == "interpreter"
         assert step["machine"]["versions"]["triton"]
-        assert f"{name}: {step['figure']}" in printed
+        assert f"dry run  {name}: {step['figure']}" in printed
     assert sorted(path.name for path in folder.iterdir()) == [
         "gpu-dry-run-memory.png", "gpu-dry-run-time.png", "gpu-dry-run.json"
     ]  # fmt: skip
+
+
+def test_no_line_of_a_dry_run_reads_like_a_result(dry):
+    printed, _, _ = dry
+    lines = printed.splitlines()
+    for word in ("PASS", "FAIL", "wanted", "MFU", "tokens/s"):
+        assert not [line for line in lines if word in line], word
+    titles = [line for line in lines if line.startswith(("B ", "lengths"))]
+    assert len(titles) == 3  # a table each: two shapes, and the lengths
+    assert all("the times measure nothing" in title for title in titles)
+    for name in ("speed", "lengths", "training"):
+        assert any(line.startswith(f"dry run  {name}: no measurement, a dry run: flash_triton ran") for line in lines)
+    assert any(line.startswith("dry run  sanitizer: not run: no compute-sanitizer.") for line in lines)
+    assert "NOT A MEASUREMENT" in lines[-1]
 
 
 def test_a_dry_run_measures_what_a_gpu_run_does_only_smaller(dry):

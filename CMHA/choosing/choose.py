@@ -88,29 +88,53 @@ class AttentionChoice:
         return no or "as asked"
 
 
-def choose(settings: AttentionSettings, request: AttentionRequest) -> AttentionChoice:
+@dataclass(frozen=True)
+class Caller:
+    """How whoever asks has set attention up: the words in which messages say what to change there.
+
+    Attributes:
+        take: how to name another implementation, with {} for its name.
+        strict: the option under which nothing else may take a name's place.
+        names: {canonical name: its name there}, as pairs; what is missing keeps its name.
+    """
+
+    take: str = '--attn_implementation {0}, or cfg["attn_implementation"] = "{0}"'
+    strict: str = "attn_strict=True"
+    names: tuple[tuple[str, str], ...] = ()
+
+    def how_to_take(self, name: str) -> str:
+        return self.take.format(dict(self.names).get(name, name))
+
+
+OUR_MODELS = Caller()
+
+
+def choose(settings: AttentionSettings, request: AttentionRequest, caller: Caller = OUR_MODELS) -> AttentionChoice:
     """The implementation that serves `request` under `settings`.
 
     Why: one place decides, by asking; a named implementation that cannot serve is replaced with one WARNING
     that gives the reason and the remedy.
 
+    Args:
+        settings, request: what is wanted, and for which call.
+        caller: the words for it in messages; our own models' cfg, or somebody else's.
     Raises:
         ValueError: `attn_strict` and the named one cannot serve; the message holds every reason.
     """
     # torch.compile traces a call once and for all, and warns where it meets a cache
-    return (chosen_anew if is_compiling() else chosen_once)(settings, request)
+    return (chosen_anew if is_compiling() else chosen_once)(settings, request, caller)
 
 
-def chosen_anew(settings: AttentionSettings, request: AttentionRequest) -> AttentionChoice:
-    choice = decide(settings, request)
-    warn_of_fallback(choice)
+def chosen_anew(settings: AttentionSettings, request: AttentionRequest, caller: Caller = OUR_MODELS) -> AttentionChoice:
+    choice = decide(settings, request, caller)
+    warn_of_fallback(choice, caller)
     return choice
 
 
 chosen_once = lru_cache(maxsize=4096)(chosen_anew)
 
 
-def decide(settings: AttentionSettings, request: AttentionRequest) -> AttentionChoice:
+def decide(settings: AttentionSettings, request: AttentionRequest, caller: Caller = OUR_MODELS) -> AttentionChoice:
     """As `choose`, and says nothing: for reports about a request that nobody makes."""
     requested = settings.requested
     request = replace(request, mps_guard=not settings.disable_mps_fix)
@@ -123,7 +147,7 @@ def decide(settings: AttentionSettings, request: AttentionRequest) -> AttentionC
         if settings.attn_strict and requested != AUTO:
             break
     lines = [f"  {name}: {reason.message}; {reason.remedy}" for name, reasons in rejected for reason in reasons]
-    how = "with attn_strict=True nothing may take its place" if settings.attn_strict else "and nothing else can"
+    how = f"with {caller.strict} nothing may take its place" if settings.attn_strict else "and nothing else can"
     raise ValueError(f"{requested} cannot serve this request, {how}:\n" + "\n".join(lines))
 
 
@@ -156,25 +180,24 @@ def announce(choice: AttentionChoice) -> None:
     visible_logger().info("Attention backend: %s (%s)", choice.chosen, choice.explain())
 
 
-_warned: set[AttentionChoice] = set()
+_warned: set[tuple[AttentionChoice, Caller]] = set()
 
 
-def warn_of_fallback(choice: AttentionChoice) -> None:
+def warn_of_fallback(choice: AttentionChoice, caller: Caller = OUR_MODELS) -> None:
     """One WARNING for each (requested, chosen, reasons) in a process; silence where nothing was replaced."""
     reasons = [reason for _, reasons in choice.rejected for reason in reasons]
     lost_on_mps = any(reason.code == "mps_nan" for reason in reasons)  # there auto is less than one would expect
-    if choice.requested == choice.chosen or (choice.requested == AUTO and not lost_on_mps) or choice in _warned:
+    unasked = choice.requested == AUTO and not lost_on_mps
+    if choice.requested == choice.chosen or unasked or (choice, caller) in _warned:
         return
-    _warned.add(choice)
+    _warned.add((choice, caller))
     visible_logger().warning(
-        "%s cannot be used here: %s. Using %s instead. What to do: %s. To be rid of this message: "
-        '--attn_implementation %s, or cfg["attn_implementation"] = "%s".',
+        "%s cannot be used here: %s. Using %s instead. What to do: %s. To be rid of this message: %s.",
         choice.rejected[0][0] if choice.requested == AUTO else choice.requested,
         "; ".join(dict.fromkeys(reason.message for reason in reasons)),
         choice.chosen,
         "; ".join(dict.fromkeys(reason.remedy for reason in reasons)),
-        choice.chosen,
-        choice.chosen,
+        caller.how_to_take(choice.chosen),
     )
 
 

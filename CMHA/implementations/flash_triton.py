@@ -4,8 +4,8 @@ flash_tiled.py is the same algorithm to be stepped through; docs/from_tile_to_ke
 when the kernels can serve, how a mask is told to them, how many programs are started, and how torch sees them, as two
 custom ops (forward and backward) that autograd and torch.compile take as a whole.
 
-Without a GPU they run in Triton's interpreter, on the CPU, some thousand times slower than they would: for reading and
-for tests. Set TRITON_INTERPRET=1 before anything imports triton.
+Without a GPU they run in Triton's interpreter, on the CPU and very slowly: for reading and for tests. Set
+TRITON_INTERPRET=1 before anything imports triton.
 """
 
 import math
@@ -109,8 +109,14 @@ def attention(
     """
     if problem := wrong_tiles(query_block_size, kv_block_size):
         raise ValueError(problem)
+    if not queries.dtype == keys.dtype == values.dtype:
+        dtypes = ", ".join(str(tensor.dtype).removeprefix("torch.") for tensor in (queries, keys, values))
+        raise ValueError(
+            f"queries, keys and values must be of one dtype, got {dtypes}: convert them, .to(queries.dtype)."
+        )
     queries, keys, values = (row_major(tensor) for tensor in cast_by_autocast(queries, keys, values))
-    query_texts, key_texts = mask.once(f"texts:{len(queries)}", lambda: texts_of(mask, len(queries)))
+    batch, device = len(queries), queries.device
+    query_texts, key_texts = mask.once(f"texts:{batch}:{device}", lambda: texts_of(mask, batch, device))
     # On the device and as a tensor: a number would make the GPU wait, and torch.compile break its graph.
     seed = torch.randint(2**62, (1,), device=queries.device) if dropout > 0 else None
     blocks = (query_block_size or 0, kv_block_size or 0)
@@ -122,7 +128,7 @@ def attention(
 
 def wrong_tiles(*sizes: int | None) -> str | None:
     """What is wrong with these block sizes, or None."""
-    wrong = [str(size) for size in sizes if size is not None and (size < 16 or size & (size - 1))]
+    wrong = [str(size) for size in sizes if size is not None and not power_of_two(size)]
     if not wrong:
         return None
     return (
@@ -132,12 +138,19 @@ def wrong_tiles(*sizes: int | None) -> str | None:
     )
 
 
+def power_of_two(size: object) -> bool:
+    """Whether it is a whole number that a tile can have: 16, 32, 64, ..."""
+    return isinstance(size, int) and size >= 16 and not size & (size - 1)
+
+
 def row_major(tensor: Tensor) -> Tensor:
     """The numbers of one head of one token side by side, which is all that the kernels ask of a layout."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def texts_of(mask, batch: int) -> tuple[Int32[Tensor, "batch query_len"] | None, Int32[Tensor, "batch key_len"] | None]:
+def texts_of(
+    mask, batch: int, device=None
+) -> tuple[Int32[Tensor, "batch query_len"] | None, Int32[Tensor, "batch key_len"] | None]:
     """Padding and documents in one: a query sees the keys of its own text, named by where it starts; -1 is padding."""
     if mask.padding_mask is None and mask.documents is None:
         return None, None
@@ -150,7 +163,7 @@ def texts_of(mask, batch: int) -> tuple[Int32[Tensor, "batch query_len"] | None,
         query_texts = texts[:, mask.offset :].contiguous()
     key_texts = texts if mask.padding_mask is None else texts.masked_fill(~mask.padding_mask, -1)
     # One row may stand for all sequences; the kernels look up a row for each.
-    return tuple(rows.expand(batch, -1).contiguous() for rows in (query_texts, key_texts))
+    return tuple(rows.expand(batch, -1).contiguous().to(device) for rows in (query_texts, key_texts))
 
 
 @torch.library.custom_op("gpt2_from_scratch::flash_attention", mutates_args=())
@@ -272,9 +285,15 @@ def kinds(queries: Tensor, causal: bool, window: int, key_texts: Tensor | None, 
         "WINDOW": window > 0,
         "TEXTS": key_texts is not None,
         "DROPOUT": dropout > 0,
+        "LENGTH": length_class(queries.shape[2]),
         # The interpreter's tl.dot is wrong for bf16 (triton issue 11584): there tiles are float32 from the start.
         "WIDEN": interpreted() and queries.dtype == torch.bfloat16,
     }
+
+
+def length_class(query_len: int) -> int:
+    """Queries, rounded up to one of a few lengths: for one token other tiles are the fastest than for thousands."""
+    return next((length for length in (1, 128, 1024, 8192) if query_len <= length), 65536)
 
 
 def launch(name: str, programs, tensors: tuple, steps: list[int], given: dict, kind: dict, blocks: tuple) -> None:
@@ -334,5 +353,5 @@ def tuned(name: str, query_block_size: int, kv_block_size: int, room: int):
         triton.Config({"BLOCK_Q": q, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
         for q, k, warps, stages in sorted(sizes)
     ]
-    kind = ["HEAD_DIM", "CAUSAL", "WINDOW", "TEXTS", "DROPOUT", "group"]
+    kind = ["HEAD_DIM", "CAUSAL", "WINDOW", "TEXTS", "DROPOUT", "LENGTH", "group"]
     return triton.autotune(configs, key=kind, cache_results=True)(getattr(kernels, name))

@@ -14,7 +14,8 @@ such as 80 are masked on every load and store; exp2 instead of exp, which the ha
 scale, so scores and log_sum_exp are in units of log 2; offsets in int64, since B * H * T * D passes 2**31.
 
 Who may see whom comes as numbers: CAUSAL, `window` (0: none) and `texts`, where each token's document starts, and -1
-for a padded key. Sources: FlashAttention-2 (Dao, 2023), algorithms 1 and 2; CMHA/dropout.py for the dropout.
+for a padded key. LENGTH is not read: it is there so that tiles are tuned for each. Sources: FlashAttention-2 (Dao,
+2023), algorithms 1 and 2; CMHA/dropout.py for the dropout.
 """
 
 import triton
@@ -31,7 +32,7 @@ def forward(
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, o_batch, o_head, o_token,
     heads, group, query_len, key_len, window, scale, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, TEXTS: tl.constexpr,
-    DROPOUT: tl.constexpr, WIDEN: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    DROPOUT: tl.constexpr, WIDEN: tl.constexpr, LENGTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tile, table = tile_of_program(tl.cdiv(query_len, BLOCK_Q), LAST_FIRST=CAUSAL)
     batch, head = (table // heads).to(tl.int64), (table % heads).to(tl.int64)
@@ -108,7 +109,7 @@ def backward_dkdv(
     dk_batch, dk_head, dk_token, dv_batch, dv_head, dv_token,
     heads, group, query_len, key_len, window, scale, grad_scale, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, TEXTS: tl.constexpr,
-    DROPOUT: tl.constexpr, WIDEN: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    DROPOUT: tl.constexpr, WIDEN: tl.constexpr, LENGTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tile, kv_table = tile_of_program(tl.cdiv(key_len, BLOCK_K), LAST_FIRST=False)
     kv_heads = heads // group
@@ -165,7 +166,7 @@ def backward_dq(
     dq_batch, dq_head, dq_token,
     heads, group, query_len, key_len, window, scale, grad_scale, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, TEXTS: tl.constexpr,
-    DROPOUT: tl.constexpr, WIDEN: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    DROPOUT: tl.constexpr, WIDEN: tl.constexpr, LENGTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tile, table = tile_of_program(tl.cdiv(query_len, BLOCK_Q), LAST_FIRST=CAUSAL)
     batch, head = (table // heads).to(tl.int64), (table % heads).to(tl.int64)

@@ -12,6 +12,7 @@ missing. No network is asked. The exit code is 0 whatever it finds.
 import argparse
 import contextlib
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Iterable
@@ -125,7 +126,10 @@ def text_rows(vocabulary: dict, weights: dict) -> list[str]:
         hub = f'not installed, and needed only for names such as "gpt2". What to do: {weights["remedy"]}'
     elif weights["error"]:
         hub = f"{version}, but it does not import: {weights['error']}. What to do: {weights['remedy']}"
-    compared = f"{other or 'not installed':16} needed only by the tests: they compare with its GPT-2"
+    compared = (
+        f"{other or 'not installed':16} needed only to run our attention under its models (docs/WITH_TRANSFORMERS.md), "
+        "and by the tests, which compare with it"
+    )
     rows = [("vocabulary", state, 0), ("huggingface_hub", hub, 17 * (weights["remedy"] is None))]
     return [line for cells in [*rows, ("transformers", compared, 17)] for line in row(*cells)]
 
@@ -246,7 +250,22 @@ def missing_rows(facts: dict) -> list[str]:
     if not lines:
         lines.append("  Nothing.")
     if facts["build"]["GPU"]["verdict"] == "missing":
-        packages = [package["distribution"] for package in facts["packages"].values() if "CUDA" in package["purpose"]]
-        note = f"Without an NVIDIA GPU nothing would be gained by installing {', '.join(packages)}."
-        lines += wrap(note, initial_indent="  ", subsequent_indent="  ")
+        triton = facts["packages"]["triton"]
+        packages = [package["distribution"] for package in facts["packages"].values() if package is not triton]
+        note = f"Without an NVIDIA GPU nothing would be gained by installing {', '.join(packages)}. "
+        lines += wrap(note + about_triton(triton), initial_indent="  ", subsequent_indent="  ")
     return lines
+
+
+def about_triton(package: dict) -> str:
+    """What triton is good for where there is no GPU, and what it takes: only its interpreter runs there."""
+    slow = "slowly, to try them in short cases"
+    if package["runs"] == "interpreter":
+        return f"triton's interpreter runs our kernels (flash_triton) here, since TRITON_INTERPRET=1 is set: {slow}."
+    install = "" if package["version"] else f" {package['install']}, then"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return f"triton's interpreter would run our kernels (flash_triton) here, {slow}: see above."
+    return (
+        f"triton's interpreter runs our kernels (flash_triton) here, {slow}:{install} set TRITON_INTERPRET=1 before "
+        "Python starts."
+    )

@@ -17,9 +17,11 @@ largest error as a part of that bound: 1.00 is the bound itself. A file of your 
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from datetime import datetime
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -28,6 +30,7 @@ from tqdm import tqdm
 from CMHA.choosing import canonical_name
 from CMHA.implementations import IMPLEMENTATIONS
 from GPT2Model.files import replace_text
+from orchestrator.evaluation.cases import Case, request_of
 from orchestrator.evaluation.grading import (
     cases_to_grade,
     common_to_failures,
@@ -44,6 +47,7 @@ from orchestrator.evaluation.machine import check_device, describe_machine, mach
 from orchestrator.report import make_folder, plain
 from orchestrator.views.attention_figures import parity_chart
 
+INTERPRETED_SECONDS = 1.5  # of a short case, forward and backward, on one x86 core at 2 to 3 GHz
 HELP = "do all implementations of attention agree? error over bound, against float64"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -80,7 +84,9 @@ def run(args: argparse.Namespace) -> int:
         unusable = {name: [why.format(device, name)] for name in slow if name not in unusable} | unusable
     if len(unusable) == len(implementations):
         why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in unusable.items())
-        raise ValueError(f"nothing can be measured on {device}, every case is refused. {why}.")
+        found = [remedy for name in unusable for remedy in what_to_do(name, cases[0], implementations[name])]
+        remedies = "; ".join(dict.fromkeys(found))
+        raise ValueError(f"nothing can be measured on {device}, every case is refused. {why}. What to do: {remedies}.")
     folder = make_folder(args.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H%M%S-parity"))
     for line in describe_machine(device):
         print(line)
@@ -91,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
     thinned = {} if named else thinning(cases, implementations)
     for name, every in thinned.items():
         print(f"{name}: one case in {every}, since each is compiled for seconds. All: --implementations {name}")
-    print(f"{len(cases):,} cases, {', '.join(implementations) or 'nothing'} against float64\n", flush=True)
+    print(f"{len(cases):,} cases, {', '.join(implementations) or 'nothing'} against float64")
+    print(interpreted_for(len(cases)) if set(slow) & set(implementations) else "", flush=True)
 
     measurements = []
     with (
@@ -127,6 +134,33 @@ def run(args: argparse.Namespace) -> int:
     print(f"\n{'PASS' if passed else 'FAIL'}: {verdict}")
     print(f"written: {folder}/parity.json, parity.png, measurements.jsonl")
     return 0 if passed else 1
+
+
+def what_to_do(name: str, case: Case, module) -> list[str]:
+    """How `name` could be measured after all: another device, or the remedies of its own check."""
+    reasons = module.check(request_of(case, needs_grad=False))
+    if getattr(module, "INTERPRETED_ON", None) == case.device and not interpreter_was_asked_for():
+        command = f"TRITON_INTERPRET=1 python -m orchestrator parity --implementations {name}"
+        return [f"to try {name} here in short cases, in Triton's interpreter: {command}"]
+    if any(reason.code == "cuda_only" for reason in reasons):
+        return [f"run {name} on a machine with an NVIDIA GPU"]
+    return [f"{name}: {reason.remedy}" for reason in reasons]
+
+
+def interpreter_was_asked_for() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def interpreted_for(cases: int) -> str:
+    """How long the interpreter will take, if that is long, and how to have less; else nothing."""
+    minutes = cases * INTERPRETED_SECONDS / 60
+    if minutes <= 2:
+        return ""
+    parts = ceil(minutes)
+    return (
+        f"In Triton's interpreter a case takes 1 to 3 seconds: about {minutes:.0f} minutes for all. "
+        f"For a part of them, in about one minute: --part 1/{parts}\n"
+    )
 
 
 def chosen_implementations(args: argparse.Namespace) -> dict[str, object]:

@@ -311,8 +311,11 @@ def test_a_padding_mask_that_does_not_fit_is_refused_before_it_reaches_the_formu
 
 def test_a_ready_mask_must_be_for_this_call():
     module = layer(tokens=6)
-    with pytest.raises(ValueError, match=r"mask is for \(4, 4\).*not \(5, 5\)"):
+    with pytest.raises(ValueError, match=r"mask is for \(4, 4\).*any sequences, not \(5, 5\), 1\."):
         module(numbers(1, 5, 10), mask=AttentionMask(4, 4))
+    two = AttentionMask(5, 5, padding_mask=torch.ones(2, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"\(5, 5\) queries and keys, 2 sequences, not \(5, 5\), 3\."):
+        module(numbers(3, 5, 10), mask=two)
     with pytest.raises(ValueError, match=r"7 tokens.*context_length=6"):
         module(numbers(1, 7, 10), mask=AttentionMask(7, 7))
 

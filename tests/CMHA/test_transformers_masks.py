@@ -199,6 +199,10 @@ def test_a_table_of_ones_own_is_kept_whether_it_is_bool_or_added(shape):
         (torch.ones(3, 1, 5, 7, dtype=torch.bool), r"must have shape \(2, 1, 5, 7\)"),
         (torch.ones(2, 7, dtype=torch.bool), r"must be a \(B, 1, 5, 7\) table here, got a tensor of shape \(2, 7\)"),
         ({"full_attention": table}, "got a dict"),
+        (
+            RuleMask(3, 7, 5, 7, padding_mask=torch.ones(3, 7, dtype=torch.bool)),
+            r"\(3, 1, 5, 7\), and \(2, 1, 5, 7\) was",
+        ),
         (RuleMask(2, 9, 5, 9), r"the mask is for \(5, 9\) queries and keys, not for \(5, 7\)"),
     ],
 )
@@ -210,6 +214,31 @@ def test_a_mask_that_does_not_fit_is_never_ignored(mask, words):
 def test_padding_of_a_wrong_shape_is_refused_with_words():
     with pytest.raises(ValueError, match=r"attention_mask must be \(B, tokens\)"):
         make_mask(2, 5, 7, attention_mask=torch.ones(2, 5, 7, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("pattern", [causal, PATTERNS["chunks"][0]])  # a rule, and a table
+def test_padding_of_another_batch_or_length_is_refused_with_everything_at_once(pattern):
+    with pytest.raises(ValueError) as refused:
+        make_mask(2, 3, 8, 5, mask_function=pattern, attention_mask=torch.ones(1, 3, dtype=torch.bool))
+    assert str(refused.value) == (
+        "attention_mask has shape (1, 3), and (2, 8) was expected: it has 1 row for 2 sequences: give each its own "
+        "row, mask.expand(B, -1) if they are padded alike; it has 3 columns for 8 tokens: give it one for each, the 5 "
+        "in the cache included."
+    )
+    for columns in (7, 9):
+        with pytest.raises(ValueError, match=rf"it has {columns} columns for 8 tokens"):
+            make_mask(2, 3, 8, 5, mask_function=pattern, attention_mask=torch.ones(2, columns, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"shape \(3, 8\), and \(2, tokens\) was expected"):  # a static cache
+        make_mask(2, 3, 8, torch.tensor(5), mask_function=pattern, attention_mask=torch.ones(3, 8, dtype=torch.bool))
+
+
+def test_one_row_that_transformers_made_serves_every_query():
+    padding = torch.arange(7)[None] < 6
+    for mask in (
+        RuleMask(1, 7, 5, 7, padding_mask=padding, device="cpu"),
+        RuleMask(3, 7, 5, 7, device="cpu"),  # about no row
+    ):
+        assert given(mask) is mask
 
 
 def test_without_a_mask_the_module_decides_where_it_leaves_no_doubt():

@@ -164,6 +164,26 @@ def test_registering_writes_both_registries_replaces_nothing_and_may_be_repeated
     assert (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping) == before
 
 
+def test_strict_stays_as_it_was_until_it_is_given_again_or_our_names_are_taken_out():
+    def is_strict() -> bool:
+        register_with_transformers()
+        try:
+            build("gpt2", "gpt2_fa2")(IDS)
+        except ValueError:
+            return True
+        return False
+
+    assert not is_strict()
+    register_with_transformers(strict=True)
+    assert is_strict()
+    assert is_strict()
+    register_with_transformers(strict=False)
+    assert not is_strict()
+    register_with_transformers(strict=True)
+    unregister_from_transformers()
+    assert not is_strict()
+
+
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("registry", [AttentionInterface, AttentionMaskInterface])
 def test_somebody_elses_function_of_that_name_stays_and_nothing_is_registered(registry, late):
@@ -542,6 +562,49 @@ def test_the_scale_is_the_models_own_and_else_that_of_the_head():
     torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-10)
 
 
+# --- masks that do not fit
+
+
+@pytest.mark.parametrize("shape", [(1, TOKENS), (2, TOKENS), (4, TOKENS), (3, TOKENS - 1), (3, TOKENS + 2), (1, 2)])
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("name", ["gpt2_eager", "gpt2_sdpa", "gpt2_tiled"])
+@pytest.mark.parametrize("kind", ["llama", "mistral"])  # the GPT-2 of transformers reshapes a mask before we see it
+def test_an_attention_mask_of_another_batch_or_length_is_refused_with_both_shapes(kind, name, use_cache, shape):
+    mask = torch.ones(shape, dtype=torch.long)
+    mask[:, 0] = 0
+    with pytest.raises(ValueError, match="attention_mask") as refused:
+        build(kind, name)(IDS, attention_mask=mask, use_cache=use_cache)
+    assert str(shape) in str(refused.value) or str(shape[1]) in str(refused.value)
+    if use_cache or shape[0] != 3:
+        assert f"has shape {shape}, and (3, " in str(refused.value)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_after_a_cache_the_mask_has_a_column_for_the_cached_tokens_too(name):
+    model, mask = build("gpt2", name), PADDING["left"]
+    cache = model(IDS[:, :8], attention_mask=mask[:, :8], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"it has 3 columns for 11 tokens: .* the 8 in the cache included"):
+        model(IDS[:, 8:], attention_mask=mask[:, 8:], past_key_values=cache)
+    found = model(IDS[:, 8:], attention_mask=mask, past_key_values=cache).logits
+    exact = build("gpt2")(IDS, attention_mask=mask).logits[:, 8:]
+    torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_one_row_of_positions_and_one_table_serve_every_sequence(name):
+    """What transformers itself lets one row stand for: it says nothing about padding."""
+    places = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3]])
+    asked = {"position_ids": places, "use_cache": False}
+    torch.testing.assert_close(
+        build("gpt2", name)(IDS, **asked).logits, build("gpt2")(IDS, **asked).logits, rtol=1e-9, atol=1e-10
+    )
+    table = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool).tril()
+    asked = {"attention_mask": table, "use_cache": False}
+    torch.testing.assert_close(
+        build("gpt2", name)(IDS, **asked).logits, build("gpt2")(IDS).logits, rtol=1e-9, atol=1e-10
+    )
+
+
 # --- where the named implementation cannot serve
 
 
@@ -568,12 +631,16 @@ def test_a_name_that_cannot_run_here_falls_back_once_or_raises_when_strict(messa
     assert message.levelname == "WARNING"
     assert "it runs on CUDA, not on cpu" in message.getMessage()
     assert "Using sdpa instead" in message.getMessage()
+    assert message.getMessage().endswith('rid of this message: model.set_attn_implementation("gpt2_sdpa").')
+    assert "cfg" not in message.getMessage()
     register_with_transformers(strict=True)
     with pytest.raises(ValueError, match="it computes in fp16 and bf16") as refused:
         build("gpt2", "gpt2_fa2")(IDS)
     assert "it runs on CUDA" in str(refused.value)
+    assert "with strict=True nothing may take its place" in str(refused.value)
+    assert "attn_strict" not in str(refused.value)
     torch.testing.assert_close(build("gpt2", "gpt2_tiled")(IDS).logits, exact, rtol=1e-9, atol=1e-10)
-    register_with_transformers()
+    register_with_transformers(strict=False)
     build("gpt2", "gpt2_fa2")(IDS)
 
 
@@ -590,7 +657,9 @@ def test_a_table_goes_to_sdpa_where_an_implementation_looks_at_rules(messages, m
     for name in ("gpt2_plain", "gpt2_dropping"):
         torch.manual_seed(0)
         torch.testing.assert_close(one_call(name, mask=table)[0], exact, rtol=1e-4, atol=1e-5)
-        assert "it takes no mask that is only a table" in messages.pop().getMessage()
+        said = messages.pop().getMessage()
+        assert "it takes no mask that is only a table" in said
+        assert 'model.set_attn_implementation("gpt2_sdpa")' in said
         with pytest.raises(ValueError, match="it takes no mask that is only a table; use gpt2_sdpa"):
             one_call(name, strict=True, mask=table)
 

@@ -359,6 +359,23 @@ def test_the_weights_of_a_gpt2_are_not_opened_as_a_variant(changes, folder, buil
     assert "does not fit the cfg dict" in refused(build().state_dict(), build().cfg | changes)
 
 
+def test_everything_that_makes_a_folder_another_model_is_said_at_once_with_what_to_do(folder, build):
+    changes = {"norm": "rmsnorm", "mlp": "swiglu", "positions": "rope", "n_kv_heads": 1}
+    message = refused(folder, changes)
+    assert message.startswith(f"{folder / 'config.json'} says ")
+    for key, stored in {"norm": "layernorm", "mlp": "gelu", "positions": "learned", "n_kv_heads": None}.items():
+        assert f"{key}={stored!r}, and cfg {changes[key]!r}" in message
+    assert "leave them out of cfg" in message
+    assert f"{folder / 'model.safetensors'} does not fit the cfg dict:" in message
+    assert "blocks.0.attention.W_qkv.weight has 5 different key-value heads, and cfg says n_kv_heads=1" in message
+    assert "blocks.0.feed_forward.gate_proj.weight is missing" in message
+    assert message.count("W_qkv") == 1
+    both = refused(folder, {**changes, "n_heads": 3, "drop_rate": 0.5})
+    assert all(f"{key}=" in both for key in ("n_heads", *changes))
+    assert "drop_rate" not in both
+    assert "leave it out of cfg" in refused(folder, {"mlp": "swiglu", "n_kv_heads": 5})
+
+
 def test_the_folder_of_a_rope_model_opens_with_a_longer_context(build, tmp_path, random_ids):
     """No weight knows how long a text may be: the same numbers where both can read it."""
     model, ids = build(**VARIANTS["rope"]), random_ids(2, 24)

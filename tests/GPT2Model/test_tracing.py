@@ -596,6 +596,33 @@ def test_a_nan_and_another_width_are_seen(model, ids):
     assert "shapes (2, 11, 24) and (2, 11, 48)" in str(wider)
 
 
+def counted(found) -> dict[str, int]:
+    """{verdict: how many} of the summary line, which must add up."""
+    (line,) = [line for line in str(found).splitlines() if line.endswith(" in all")]
+    counts, total = line.split("; ")
+    counts = {verdict: int(count) for count, verdict in (part.split(" ", 1) for part in counts.split(", "))}
+    assert sum(counts.values()) == int(total.split()[0]) == len(found.rows)
+    return counts
+
+
+def test_the_summary_counts_every_row_and_another_shape_has_no_figure(model, ids):
+    found = diff(model, make(emb_dim=48), ids)
+    verdicts = [row.verdict for row in found.rows]
+    assert counted(found)["other shape"] == verdicts.count("other shape") > 0
+    assert "inf" not in str(found)
+    for row, line in zip(found.rows, str(found).splitlines()[2:], strict=True):
+        assert (row.verdict == "other shape") is (f"  {row.note}" in line and "shapes (" in line)
+    other = copy.deepcopy(model)
+    other.set_attention("eager")
+    assert counted(diff(model, other, ids))["only in b"] > 0
+    with torch.no_grad():
+        other.blocks[1].feed_forward.down_proj.bias[3] = torch.nan
+    found = diff(model, other, ids)
+    counted(found)
+    assert "(a number against NaN or inf)" in str(found)
+    assert "inf of the largest" not in str(found)
+
+
 @pytest.mark.parametrize(
     ("dtype", "rounding", "more"),
     [

@@ -204,6 +204,19 @@ def test_a_block_size_that_no_tile_can_have_is_a_clear_error(which, size, kernel
         flash_triton.attention(queries, queries, queries, AttentionMask(4, 4), scale=1.0, **{which: size})
 
 
+@pytest.mark.parametrize(
+    ("query_len", "length"), [(1, 1), (2, 128), (128, 128), (129, 1024), (4096, 8192), (10**6, 65536)]
+)
+def test_lengths_of_one_order_are_tuned_together(query_len, length):
+    assert flash_triton.length_class(query_len) == length
+
+
+def test_tensors_of_unequal_dtype_are_a_clear_error(kernels):
+    queries = torch.randn(1, 1, 4, 16, device=kernels)
+    with pytest.raises(ValueError, match="must be of one dtype, got float16, float32, float32"):
+        flash_triton.attention(queries.half(), queries, queries, AttentionMask(4, 4), scale=1.0)
+
+
 def test_the_cfgs_block_sizes_reach_the_kernels(kernels, monkeypatch):
     asked, real = [], flash_triton.launch
 
@@ -257,7 +270,8 @@ def test_without_block_sizes_each_kernel_is_measured_once_for_each_kind_of_call_
     for name in three:
         best = flash_triton.tuned(name, 0, 0, flash_triton.ROOM_FLOAT32 // 16).best_config
         assert best.kwargs == tuning.favourite
-    assert measured_in(query_len=31) == set()  # another length is the same kind
+    assert measured_in(query_len=31) == set()  # another length is the same kind ...
+    assert measured_in(query_len=1) == three  # ... unless it is of another order
     assert measured_in(seed=5) == set()
     assert measured_in(head_dim=32) == three
     assert measured_in(causal=False) == three

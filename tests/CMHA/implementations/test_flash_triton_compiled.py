@@ -28,7 +28,7 @@ def job(kernel, dtype, capability, head_dim, features, tile=(64, 64, 4, 2)) -> d
     if kernel == "backward_delta":
         kind["BLOCK_Q"] = 16
     else:
-        kind |= features | {"BLOCK_K": tile[1]}
+        kind |= {"BLOCK_K": tile[1], "LENGTH": 1024} | features
     return {"kernel": kernel, "dtype": dtype, "capability": capability, "kind": kind, "warps": tile[2],
             "stages": tile[3]}  # fmt: skip
 
@@ -50,6 +50,8 @@ HANDFUL = [
     *(job(kernel, "fp32", 80, 16, ON, (16, 16, 4, 1)) for kernel in KERNELS[2:]),
     job("forward", "fp32", 90, 32, OFF, (16, 32, 4, 1)),
     job("forward", "bf16", 100, 64, CAUSAL),
+    job("forward", "bf16", 90, 64, CAUSAL | {"group": 1, "query_len": 1}),  # a launch makes a constant of every 1
+    job("backward_dkdv", "bf16", 90, 64, CAUSAL | {"group": 1, "heads": 1}),
 ]
 
 

@@ -127,7 +127,9 @@ def test_our_gpu_kernels_in_the_interpreter_are_tried_in_short_cases_and_only_wh
     assert {row["implementation"] for row in report["summary"]} == {"sdpa", "flash_triton"}
     lines = [json.loads(line) for line in (tmp_path / "measurements.jsonl").read_text().splitlines()]
     assert max(max(line["case"]["query_len"], line["case"]["key_len"]) for line in lines) <= 130
-    assert "PASS: 0 of " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "PASS: 0 of " in said
+    assert "minutes" not in said  # ten cases
 
 
 def test_unnamed_and_in_the_interpreter_they_are_left_out_and_it_says_how_to_try_them(
@@ -146,13 +148,32 @@ def test_if_nothing_can_be_measured_it_says_why_and_exits_with_2(few_cases, tmp_
     said = capsys.readouterr().err
     assert "nothing can be measured on cpu" in said
     assert "it runs on CUDA" in said
+    assert "What to do: run flash_attention_2 on a machine with an NVIDIA GPU." in said
     (tmp_path / "never.py").write_text(
         "from CMHA.request import Reason\n"
         "def check(request):\n    return [Reason('moon', 'the moon is not full', 'wait')]\n" + RIGHT
     )
     assert main(["parity", "--device", "cpu", "--implementation", str(tmp_path / "never.py")]) == 2
-    assert "never: the moon is not full" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "never: the moon is not full" in said
+    assert "What to do: never: wait." in said
     assert not (tmp_path / "out").exists()
+
+
+def test_our_gpu_kernels_without_the_interpreter_are_refused_with_the_line_that_starts_it(
+    few_cases, monkeypatch, capsys
+):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["parity", "--device", "cpu", "--implementations", "flash_triton"]) == 2
+    line = "TRITON_INTERPRET=1 python -m orchestrator parity --implementations flash_triton"
+    assert line in capsys.readouterr().err
+
+
+def test_a_long_wait_for_the_interpreter_is_said_beforehand():
+    assert parity.interpreted_for(40) == ""
+    said = parity.interpreted_for(240)
+    assert "about 6 minutes" in said
+    assert "--part 1/6" in said
 
 
 @pytest.mark.parametrize("command", ["parity", "attention-bench"])
