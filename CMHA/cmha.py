@@ -33,8 +33,7 @@ class MultiHeadAttention(nn.Module):
         num_heads: must divide d_out.
         qkv_bias: whether the query, key and value projections have a bias (GPT-2's have).
         use_flash: False: always the manual path, eager. True: whatever attn_implementation says.
-        attn_implementation, attn_strict, disable_mps_fix, flash_query_block_size, flash_kv_block_size: see
-            `AttentionSettings`.
+        attention_settings: attn_implementation, attn_strict and the other fields of `AttentionSettings`.
         num_kv_heads: key and value heads, each shared by a group of query heads; None: num_heads, as in GPT-2.
         rotary: turns queries and keys by their positions (`CMHA/rotary.py`); None: as in GPT-2, which adds them.
     Raises:
