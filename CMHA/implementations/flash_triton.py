@@ -105,7 +105,7 @@ def attention(
             room for them. None: measured once for each kind of call on this GPU and kept on disk. They change the last
             digits, and nothing else.
     Raises:
-        ValueError: a block size that is no such power of two.
+        ValueError: a block size that is no such power of two, or tensors of unequal dtype.
     """
     if problem := wrong_tiles(query_block_size, kv_block_size):
         raise ValueError(problem)
