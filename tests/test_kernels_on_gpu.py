@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from CMHA.implementations import flash_triton
 from orchestrator.evaluation import gpu_kernels
 from orchestrator.evaluation.attention_bench import Row, spread, summarise
 from orchestrator.evaluation.gpu_kernels import STEPS, WANTED, Plan, find_sanitizer, sanitizer, verdicts
@@ -175,6 +176,17 @@ def test_what_was_not_measured_is_not_reached():
         Row("flash_triton", 64, speed={"forward": None}),
     ):
         assert [(one["speed"], one["passed"]) for one in verdicts(row)] == [(None, False)] * 2
+
+
+def test_the_tiles_that_autotune_took_are_told():
+    flash_triton.tuned.cache_clear()
+    assert gpu_kernels.tiles() == {}
+    flash_triton.tuned("forward", 0, 0, 0).cache["a kind of call"] = "its tiles"
+    try:
+        told = gpu_kernels.tiles()
+    finally:
+        flash_triton.tuned.cache_clear()
+    assert told == {"forward": {"a kind of call": "its tiles"}, "backward_dkdv": {}, "backward_dq": {}}
 
 
 @pytest.mark.parametrize(("seconds", "passed"), [(1.2, True), (1.3, False)])

@@ -57,7 +57,6 @@ def check(request: AttentionRequest) -> list[Reason]:
     return reasons + reasons_of_device(request.device)
 
 
-@torch.compiler.assume_constant_result  # torch.compile takes the answer instead of reading how it is found
 def reasons_of_device(device: str) -> list[Reason]:
     """What the device, or what is installed here, has against it."""
     if device not in ("cuda", "cpu"):
@@ -79,6 +78,11 @@ def reasons_of_device(device: str) -> list[Reason]:
         remedy = "unset TRITON_INTERPRET, and start Python again"
         return [Reason("import_failed", "triton runs its interpreter here, since TRITON_INTERPRET=1 is set", remedy)]
     return []
+
+
+# torch.compile takes the answer instead of reading how it is found. This is torch.compiler.assume_constant_result, which
+# would import the whole compiler here, a second or two for everybody.
+reasons_of_device._dynamo_marked_constant = True
 
 
 def interpreted() -> bool:
