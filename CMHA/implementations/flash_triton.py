@@ -80,8 +80,8 @@ def reasons_of_device(device: str) -> list[Reason]:
     return []
 
 
-# torch.compile takes the answer instead of reading how it is found. This is torch.compiler.assume_constant_result, which
-# would import the whole compiler here, a second or two for everybody.
+# torch.compile takes the answer instead of reading how it is found. This is what torch.compiler.assume_constant_result
+# does, and that would import the whole compiler here, a second or two for everybody.
 reasons_of_device._dynamo_marked_constant = True
 
 
