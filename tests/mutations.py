@@ -89,8 +89,8 @@ MISTAKES = [
     Mistake(
         "attention's residual dropped",
         "TransformerBlock/transformer_block.py",
-        "x = x + self.dropout(self.attention(",
-        "x = self.dropout(self.attention(",
+        'tap("after_attention", x + self.dropout(self.attention(',
+        'tap("after_attention", self.dropout(self.attention(',
         MODEL,
     ),
     Mistake(
