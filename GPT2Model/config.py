@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from CMHA.choosing import AttentionSettings, canonical_name, did_you_mean
-from CMHA.implementations import flash_triton
+from CMHA.implementations import IMPLEMENTATIONS
 
 REQUIRED = object()
 
@@ -237,10 +237,12 @@ def contradictions(cfg: dict) -> list[str]:
         problems.append(
             f"'positions': 'rope' turns pairs of numbers, so emb_dim / n_heads must be even, got {head_dim:.0f}."
         )
-    blocks = [cfg[name] for name in ("flash_query_block_size", "flash_kv_block_size")]
-    tiles = all(block is None or isinstance(block, int) for block in blocks)
-    if tiles and cfg["attn_implementation"] in ("flash_triton", *flash_triton.ALIASES):
-        problems += filter(None, [flash_triton.wrong_tiles(*blocks)])
+    asked = ("attn_implementation", "flash_query_block_size", "flash_kv_block_size")
+    if not any(wrong_value(name, KEYS[name], cfg[name]) for name in asked):
+        implementation = IMPLEMENTATIONS.get(canonical_name(cfg["attn_implementation"]))
+        wrong_tiles = getattr(implementation, "wrong_tiles", None)  # one that does not take tiles of every size has it
+        if wrong_tiles and (problem := wrong_tiles(*(cfg[name] for name in asked[1:]))):
+            problems.append(problem)
     return problems
 
 

@@ -9,7 +9,8 @@ An implementation is one file here with `SUMMARY`, `ALIASES`, `check(request) ->
     scale: what the scores are multiplied by; dropout: probability of dropping a weight, 0.0 outside training
     context (B, H, query_len, D); weights (B, H, query_len, key_len), from an implementation that has them
 
-`OPTIONS` names further keyword arguments that it takes. To add one, add its file and its line here: nothing else.
+`OPTIONS` names further keyword arguments that it takes. `wrong_tiles(query_block_size, kv_block_size)`, where it takes
+not every size, says what is wrong with them, or None. To add one, add its file and its line here: nothing else.
 """
 
 from importlib import import_module
