@@ -190,6 +190,12 @@ def test_one_row_of_a_mask_may_stand_for_all_sequences(rule, kernels):
     assert torch.equal(again, found)
 
 
+def test_what_a_mask_tells_goes_to_where_the_queries_are(kernels):
+    mask = AttentionMask(4, 6, padding_mask=torch.ones(1, 6, dtype=torch.bool))
+    told = flash_triton.texts_of(mask, 2, torch.device("meta"))
+    assert [(rows.device.type, tuple(rows.shape)) for rows in told] == [("meta", (2, 4)), ("meta", (2, 6))]
+
+
 def test_the_layout_of_the_tensors_changes_no_bit(kernels):
     case = Case(head_dim=20, query_len=19, key_len=35, num_heads=2, num_kv_heads=1, device=kernels)
     inputs, grad_context, _ = tensors(case)
