@@ -83,7 +83,7 @@ class MultiHeadAttention(nn.Module):
         queries = self.split_heads(queries, self.num_heads)
         keys, values = self.split_heads(keys, self.num_kv_heads), self.split_heads(values, self.num_kv_heads)
         lengths = (x.shape[1], x.shape[1] + (cache.length if cache is not None else 0))
-        if lengths[1] > self.context_length:
+        if lengths[1] > self.context_length and not (mask is not None and mask.paged):  # there: of many sequences
             raise ValueError(f"{lengths[1]} tokens are more than context_length={self.context_length}: pass fewer.")
         if mask is None:
             mask = AttentionMask(*lengths, padding_mask=padding_mask, batch_size=len(x), device=x.device)

@@ -38,6 +38,19 @@ class LayerCache:
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def truncate(self, length: int) -> None:
+        """Forget all tokens behind the first `length`; their places are written over by what comes next.
+
+        Raises:
+            ValueError: a length that is negative, or longer than what is there.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(
+                f"the KV cache has {self.length} tokens and cannot be cut to {length}: pass a length from 0 to "
+                f"{self.length}."
+            )
+        self.length = length
+
 
 class KVCache:
     """One `LayerCache` for each layer. `cache.length` tokens have been read.
@@ -58,6 +71,15 @@ class KVCache:
     @property
     def length(self) -> int:
         return self.layers[-1].length
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens behind the first `length`, in every layer. Speculative decoding takes back with it.
+
+        Raises:
+            ValueError: a length that is negative, or longer than what is there; then nothing was forgotten.
+        """
+        for layer in reversed(self.layers):  # the last has the fewest, should a pass have ended in an error half-way
+            layer.truncate(length)
 
     @property
     def nbytes(self) -> int:

@@ -40,6 +40,8 @@ class AttentionMask:
         TypeError, ValueError: padding_mask or documents of a wrong dtype or shape, or a window below 1.
     """
 
+    paged = False  # a PagedMask's keys lie in the pages of a paged cache
+
     def __init__(
         self,
         query_len: int,

@@ -76,6 +76,7 @@ class AttentionRequest:
             "num_heads": queries.shape[1],
             "num_kv_heads": keys.shape[1],
             "mask_kind": mask.kind,
+            "paged": mask.paged,
             "needs_grad": torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad),
             "capability": capability_of(queries.device),
         }

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {"CMHA": 1, "TransformerBlock": 2, "GPT2Model": 3, "orchestrator": 4, "tests": 5}
 # Inside CMHA the arrows run one way too.
 CMHA_STOREYS = {
-    **dict.fromkeys(("masks", "mask_pictures", "rotary", "request", "packages", "dropout", "kv_cache", "tap"), 0),
+    **dict.fromkeys(("masks", "mask_pictures", "rotary", "request", "packages", "dropout", "kv_cache", "paged_kv_cache", "tap"), 0),
     **{"implementations": 1, "choosing": 2, "cmha": 3, "adaptive": 3, "transformers_masks": 1, "with_transformers": 3},
 }
 READING_PATH = (

@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 
 from torch.compiler import is_compiling
 
-from CMHA.choosing.names import AUTO, canonical_name, not_built
+from CMHA.choosing.names import AUTO, canonical_name
 from CMHA.implementations import IMPLEMENTATIONS
 from CMHA.request import AttentionRequest, Reason
 
@@ -139,7 +139,7 @@ def decide(settings: AttentionSettings, request: AttentionRequest, caller: Calle
     requested = settings.requested
     request = replace(request, mps_guard=not settings.disable_mps_fix)
     rejected = []
-    for name in candidates(requested, request.device):
+    for name in candidates(requested, request):
         reasons = reasons_against(name, request)
         if not reasons:
             return AttentionChoice(requested, name, tuple(rejected), bind(name, settings))
@@ -151,17 +151,29 @@ def decide(settings: AttentionSettings, request: AttentionRequest, caller: Calle
     raise ValueError(f"{requested} cannot serve this request, {how}:\n" + "\n".join(lines))
 
 
-def candidates(requested: str, device: str) -> tuple[str, ...]:
+def candidates(requested: str, request: AttentionRequest) -> tuple[str, ...]:
     """The names to ask, in order."""
+    if request.paged:
+        readers = [name for name in IMPLEMENTATIONS if reads_pages(name)]
+        return tuple(readers if requested == AUTO else dict.fromkeys([requested, *readers]))
     if requested == AUTO:
-        return FALLBACK_ORDER if device == "cuda" else FALLBACK_ORDER[-2:]
+        return FALLBACK_ORDER if request.device == "cuda" else FALLBACK_ORDER[-2:]
     behind = FALLBACK_ORDER.index(requested) + 1 if requested in FALLBACK_ORDER else FALLBACK_ORDER.index("sdpa")
     return requested, *FALLBACK_ORDER[behind:]
 
 
 def reasons_against(name: str, request: AttentionRequest) -> list[Reason]:
     """Why the implementation `name` cannot serve `request`; empty when it can."""
-    return IMPLEMENTATIONS[name].check(request) if name in IMPLEMENTATIONS else not_built(name)
+    reasons = IMPLEMENTATIONS[name].check(request)
+    if request.paged and not reads_pages(name):
+        message = "the keys and values lie in the pages of a paged cache, and it reads them in one piece"
+        reasons = [*reasons, Reason("paged", message, "use paged_attention, or a plain KV cache")]
+    return reasons
+
+
+def reads_pages(name: str) -> bool:
+    """Whether the implementation reads keys and values out of the pages of a paged cache, and nothing else."""
+    return getattr(IMPLEMENTATIONS[name], "READS_PAGES", False)
 
 
 def bind(name: str, settings: AttentionSettings) -> Callable:

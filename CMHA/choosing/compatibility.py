@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from CMHA.choosing.choose import reasons_against
+from CMHA.choosing.choose import reads_pages, reasons_against
 from CMHA.choosing.names import AUTO, known_names
 from CMHA.request import MACHINE_CODES, AttentionRequest
 
@@ -47,17 +47,18 @@ def compatibility() -> dict[str, dict[str, str]]:
     """{name: {device or feature: "yes", or the codes against it}}.
 
     A feature is asked for on each device that the implementation serves at all; where the answers differ, the devices
-    without it are named behind the yes.
+    without it are named behind the yes. What reads the pages of a paged cache is asked about calls that have one.
     """
     table = {}
     for name in known_names():
         if name == AUTO:
             continue
-        against = {device: codes_against(name, request) for device, request in DEVICES.items()}
+        calls = {device: replace(request, paged=reads_pages(name)) for device, request in DEVICES.items()}
+        against = {device: codes_against(name, request) for device, request in calls.items()}
         homes = [device for device, codes in against.items() if not codes]
         row = {device: ", ".join(codes) or "yes" for device, codes in against.items()}
         for feature, wish in FEATURES.items():
-            answers = {home: ", ".join(codes_against(name, replace(DEVICES[home], **wish))) for home in homes}
+            answers = {home: ", ".join(codes_against(name, replace(calls[home], **wish))) for home in homes}
             lacking = {home: codes for home, codes in answers.items() if codes}
             if not homes:
                 row[feature] = row["CPU"]

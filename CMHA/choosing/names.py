@@ -2,39 +2,15 @@
 
 import difflib
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from CMHA.implementations import IMPLEMENTATIONS
-from CMHA.request import Reason
 
 AUTO = "auto"
 
 
-class NotBuilt(NamedTuple):
-    """A known name without a file: its aliases, what it will be, why it cannot be used, and what to do."""
-
-    aliases: tuple[str, ...]
-    summary: str
-    message: str
-    remedy: str
-
-
-# Names for which this version has no file in implementations/: each says no to every request, with a reason, so that
-# a setting copied from elsewhere still runs. A file in the registry takes the name over.
-NOT_BUILT = {
-    "paged_attention": NotBuilt(
-        ("paged",),
-        "attention over the pages of a paged cache, for generation",
-        "the paged cache that it reads is not written yet, and it will serve generation only",
-        "use sdpa, with the ordinary KV cache",
-    ),
-}
-
-
 def known_names() -> dict[str, tuple[str, ...]]:
     """Every canonical name with its aliases, `auto` first."""
-    built = {name: tuple(module.ALIASES) for name, module in IMPLEMENTATIONS.items()}
-    return {AUTO: (), **built, **{name: later.aliases for name, later in NOT_BUILT.items() if name not in built}}
+    return {AUTO: (), **{name: tuple(module.ALIASES) for name, module in IMPLEMENTATIONS.items()}}
 
 
 def canonical_name(name: object) -> str:
@@ -69,15 +45,5 @@ def markdown_table() -> str:
     )
     for name, aliases in list(known_names().items())[1:]:
         called = f" ({', '.join(f'`{alias}`' for alias in aliases)})" if aliases else ""
-        lines.append(f"| `{name}`{called} | {summary(name)} |")
+        lines.append(f"| `{name}`{called} | {IMPLEMENTATIONS[name].SUMMARY} |")
     return "\n".join(lines)
-
-
-def summary(name: str) -> str:
-    """What the implementation is, in a few words."""
-    return IMPLEMENTATIONS[name].SUMMARY if name in IMPLEMENTATIONS else f"{NOT_BUILT[name].summary} (not built yet)"
-
-
-def not_built(name: str) -> list[Reason]:
-    """The one reason of a name that has no file here."""
-    return [Reason("not_built", NOT_BUILT[name].message, NOT_BUILT[name].remedy)]

@@ -10,7 +10,8 @@ An implementation is one file here with `SUMMARY`, `ALIASES`, `check(request) ->
     context (B, H, query_len, D); weights (B, H, query_len, key_len), from an implementation that has them
 
 `OPTIONS` names further keyword arguments that it takes. `wrong_tiles(query_block_size, kv_block_size)`, where it takes
-not every size, says what is wrong with them, or None. To add one, add its file and its line here: nothing else.
+not every size, says what is wrong with them, or None. `READS_PAGES`: keys and values are a paged cache's pools, and the
+mask is a PagedMask. To add one, add its file and its line here: nothing else.
 """
 
 from importlib import import_module
@@ -23,5 +24,6 @@ NAMES = (
     "flash_attention_2",
     "flash_attention_3",
     "flex_attention",
+    "paged_attention",
 )
 IMPLEMENTATIONS = {name: import_module(f"CMHA.implementations.{name}") for name in NAMES}

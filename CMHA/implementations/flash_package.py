@@ -36,7 +36,6 @@ def reasons_of_call(request: AttentionRequest, max_head_dim: int = 256, head_dim
         (request.device != "cuda", "cuda_only", f"it runs on CUDA, not on {request.device}", "leave it at auto here"),
         (not half, "dtype", f"it computes in fp16 and bf16, not in {dtype}", "use bf16, or torch.autocast"),
         (too_wide, "head_dim", f"it takes heads of a width {widths}, not {width}", "use sdpa, or other heads"),
-        (request.paged, "paged", "it does not read a paged cache here", "use paged_attention, or a plain KV cache"),
         (unplaced, "more_queries_than_keys", f"it takes no {kind} mask with more queries than keys", "use sdpa"),
     ]
     return [Reason(code, message, remedy) for holds, code, message, remedy in against if holds]

@@ -48,7 +48,6 @@ def check(request: AttentionRequest) -> list[Reason]:
          "convert the model, or use flash_tiled"),
         (request.head_dim > MAX_HEAD_DIM, "head_dim",
          f"its tiles hold heads of a width up to {MAX_HEAD_DIM}, not {request.head_dim}", "use sdpa, or more heads"),
-        (request.paged, "paged", "it does not read a paged cache here", "use paged_attention, or a plain KV cache"),
         (0 in (request.query_len, request.key_len), "empty", "it takes no call without queries or keys", "use sdpa"),
         (old, "capability", f"it needs compute capability 8.0 (Ampere), this device has {request.capability}",
          "use sdpa"),

@@ -46,8 +46,6 @@ def check(request: AttentionRequest) -> list[Reason]:
         reasons.append(Reason("dropout", "it has no dropout", remedy))
     if 0 in (request.query_len, request.key_len):  # torch's compiled kernel divides by zero there
         reasons.append(Reason("empty", "it takes no call without queries or keys", "use sdpa or eager"))
-    if request.paged:
-        reasons.append(Reason("paged", "it does not read pages here", "use the ordinary KV cache"))
     if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         message = f"its kernels take float32, bfloat16 and float16, not {str(request.dtype).removeprefix('torch.')}"
         reasons.append(Reason("dtype", message, "convert the model, or use flash_tiled"))

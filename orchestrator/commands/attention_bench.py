@@ -30,10 +30,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from CMHA.implementations import IMPLEMENTATIONS
 from GPT2Model.files import replace_file, replace_text
 from orchestrator.evaluation.attention_bench import Bench, growth, refusal, run_bench, turns
-from orchestrator.evaluation.contenders import contender, contenders
+from orchestrator.evaluation.contenders import contender, contenders, measurable
 from orchestrator.evaluation.machine import check_device, describe_machine, machine_facts
 from orchestrator.evaluation.parity import serves
 from orchestrator.report import make_folder, plain
@@ -161,7 +160,7 @@ def read_arguments(args: argparse.Namespace) -> Bench:
     default = "bfloat16" if device == "cuda" else "float32"
     if (args.dtype or default) not in DTYPES:
         problems.append(f"--dtype must be one of {', '.join(DTYPES)}, got {args.dtype!r}.")
-    words = list(IMPLEMENTATIONS) if args.implementations is None else args.implementations.split(",")
+    words = list(measurable()) if args.implementations is None else args.implementations.split(",")
     names = [attempt(contender, word) for word in words]
     baseline = "sdpa:flash" if "sdpa:flash" in names else None
     if args.baseline is not None:

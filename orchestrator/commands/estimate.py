@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 from CMHA.choosing import canonical_name
-from CMHA.choosing.choose import AttentionSettings, decide
-from CMHA.choosing.names import AUTO, NOT_BUILT
+from CMHA.choosing.choose import AttentionSettings, decide, reads_pages, reasons_against
+from CMHA.choosing.names import AUTO
 from CMHA.request import AttentionRequest
 from GPT2Model.config import KEYS, from_preset
 from GPT2Model.files import replace_text
@@ -191,8 +191,9 @@ def read_attention(name: str, device: str, cfg: dict, dtype: str) -> tuple[str, 
     On a CPU, what would really be taken; of a GPU, which may not be here, the one that is named, and sdpa for auto.
     """
     asked = canonical_name(name)
-    if asked in NOT_BUILT:
-        raise ValueError(f"--attn_implementation {name}: {NOT_BUILT[asked].message}. {NOT_BUILT[asked].remedy}.")
+    if asked != AUTO and reads_pages(asked):
+        reason = reasons_against(asked, AttentionRequest(needs_grad=True))[0]
+        raise ValueError(f"--attn_implementation {name}: {reason.message}. {reason.remedy}.")
     if device != "cpu":
         return ("sdpa", "sdpa (what auto takes without flash-attn)") if asked == AUTO else (asked, asked)
     request = AttentionRequest(

@@ -25,10 +25,10 @@ import torch
 from tqdm.auto import tqdm
 
 from CMHA.choosing import canonical_name
-from CMHA.implementations import IMPLEMENTATIONS
 from GPT2Model.config import KEYS
 from GPT2Model.files import replace_file, replace_text
 from orchestrator.commands.attention_bench import check_folder, complaint, short, whole_number, with_spread
+from orchestrator.evaluation.contenders import measurable
 from orchestrator.evaluation.experiment import Experiment, costs, run_experiment
 from orchestrator.evaluation.machine import check_device, describe_machine, machine_facts
 from orchestrator.evaluation.workloads import TASKS, full, quick
@@ -168,7 +168,7 @@ def read_arguments(args: argparse.Namespace) -> tuple[str, Experiment]:
     dtype = attempt(dtype_of, args.dtype, device or "cpu")
     rounds = KINDS.get(kind, 1) if args.rounds is None else attempt(whole_number, "rounds", args.rounds, 1)
     seed = attempt(whole_number, "seed", args.seed, 0)
-    names = list(IMPLEMENTATIONS)
+    names = list(measurable())
     if args.attn_implementation is not None:
         names = attempt(implementations, words_of(args.attn_implementation))
     if args.out:
@@ -223,8 +223,8 @@ def implementations(words: Sequence[str]) -> list[str]:
     found = ["eager"]
     for word in words:
         name = canonical_name(word)
-        if name not in IMPLEMENTATIONS:
-            raise ValueError(f"--attn_implementation: {word} cannot be measured: {', '.join(IMPLEMENTATIONS)} can.")
+        if name not in measurable():
+            raise ValueError(f"--attn_implementation: {word} cannot be measured: {', '.join(measurable())} can.")
         found += [name] if name not in found else []
     return found
 

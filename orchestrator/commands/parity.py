@@ -31,6 +31,7 @@ from CMHA.choosing import canonical_name
 from CMHA.implementations import IMPLEMENTATIONS
 from GPT2Model.files import replace_text
 from orchestrator.evaluation.cases import Case, request_of
+from orchestrator.evaluation.contenders import measurable
 from orchestrator.evaluation.grading import (
     cases_to_grade,
     common_to_failures,
@@ -170,11 +171,11 @@ def chosen_implementations(args: argparse.Namespace) -> dict[str, object]:
         name = f"{name} (your file)" if name in IMPLEMENTATIONS else name  # what torch's own is let off is not for it
         return {name: load_implementation(args.implementation)}
     if args.implementations is None:
-        return dict(IMPLEMENTATIONS)
+        return measurable()
     names = [canonical_name(name.strip()) for name in args.implementations.split(",")]
-    missing = [name for name in names if name not in IMPLEMENTATIONS]
+    missing = [name for name in names if name not in measurable()]
     if missing:
-        raise ValueError(f"nothing to measure for {', '.join(missing)}: choose among {', '.join(IMPLEMENTATIONS)}.")
+        raise ValueError(f"nothing to measure for {', '.join(missing)}: choose among {', '.join(measurable())}.")
     return {name: IMPLEMENTATIONS[name] for name in names}
 
 

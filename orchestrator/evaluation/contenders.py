@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from CMHA.choosing import canonical_name
+from CMHA.choosing.choose import reads_pages
 from CMHA.implementations import IMPLEMENTATIONS, sdpa
 from CMHA.request import AttentionRequest, Reason
 
@@ -84,6 +85,11 @@ class OneKernel:
 ONE_KERNEL = {PREFIX + kernel: OneKernel(kernel) for kernel in KERNELS}
 
 
+def measurable() -> dict[str, object]:
+    """The registry without what reads pages: no benchmark of single calls brings a paged cache."""
+    return {name: module for name, module in IMPLEMENTATIONS.items() if not reads_pages(name)}
+
+
 def contender(word: str) -> str:
     """The canonical name behind a name, an alias or `sdpa:KERNEL`.
 
@@ -96,8 +102,8 @@ def contender(word: str) -> str:
             raise ValueError(f"--implementations: torch's op has no kernel {word!r}: {', '.join(ONE_KERNEL)}.")
         return word
     name = canonical_name(word)
-    if name not in IMPLEMENTATIONS:
-        known = ", ".join([*IMPLEMENTATIONS, *ONE_KERNEL])
+    if name not in measurable():
+        known = ", ".join([*measurable(), *ONE_KERNEL])
         raise ValueError(f"--implementations: there is nothing to measure for {word}: {known}.")
     return name
 

@@ -13,8 +13,9 @@ import torch
 
 from CMHA.choosing import AttentionSettings, decide, known_names
 from CMHA.choosing.choose import reasons_against
-from CMHA.choosing.names import AUTO, summary
+from CMHA.choosing.names import AUTO
 from CMHA.choosing.report import torch_kernel
+from CMHA.implementations import IMPLEMENTATIONS
 from CMHA.packages import PACKAGES, find
 from CMHA.request import MACHINE_CODES, AttentionRequest, capability_of
 from orchestrator.evaluation.build_tools import Finding, look_at_build_tools, read_memory
@@ -22,6 +23,7 @@ from orchestrator.evaluation.machine import check_device, cpu_name, triton_runs
 from orchestrator.evaluation.tokenizer_and_weights import find_vocabulary, find_weights, missing_for_text
 
 TOKENS = 1024
+AUTO_SUMMARY = "the best that passes its own checks here"
 # GPT-2's calls: what each asks beyond device and dtype. Reading the prompt is a forward pass without a backward pass.
 PURPOSES = {
     "training": {"dropout": 0.1, "needs_grad": True},  # 0.1 is GPT-2's own
@@ -158,7 +160,7 @@ def attention(device: str, dtype: torch.dtype) -> dict:
         "names": {
             name: {
                 "aliases": list(aliases),
-                "summary": "the best that passes its own checks here" if name == AUTO else summary(name),
+                "summary": AUTO_SUMMARY if name == AUTO else IMPLEMENTATIONS[name].SUMMARY,
                 **{purpose: answer(name, request) for purpose, request in requests.items()},
             }
             for name, aliases in known_names().items()

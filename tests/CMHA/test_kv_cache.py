@@ -44,3 +44,40 @@ def test_a_cache_of_all_layers_sets_aside_two_tensors_for_each():
     for layer in cache.layers:
         layer.append(*torch.ones(2, 2, 5, 4, 11, dtype=torch.bfloat16))
     assert cache.length == 4
+
+
+@given(st.data())
+def test_what_was_cut_is_forgotten_and_its_place_is_filled_by_what_comes_next(data):
+    cache, stands, room = LayerCache(1, 2, 12, 3), torch.zeros(2, 1, 2, 0, 3), 12
+    for _ in range(data.draw(st.integers(1, 6))):
+        new = torch.randn(2, 1, 2, data.draw(st.integers(0, room - stands.shape[3])), 3)
+        stands = torch.cat([stands, new], dim=3)
+        keys, values = cache.append(new[0], new[1])
+        assert torch.equal(torch.stack([keys, values]), stands)
+        length = data.draw(st.integers(0, cache.length))
+        cache.truncate(length)
+        stands = stands[:, :, :, :length]
+        assert cache.length == length
+
+
+@pytest.mark.parametrize("length", [-1, 4, 8])
+def test_a_length_that_is_negative_or_longer_than_what_is_there_is_refused_and_nothing_is_forgotten(length):
+    cache = KVCache(n_layers=2, batch_size=1, num_kv_heads=1, max_length=8, head_dim=2)
+    for layer in cache.layers:
+        layer.append(*torch.ones(2, 1, 1, 3, 2))
+    with pytest.raises(ValueError, match=rf"has 3 tokens and cannot be cut to {length}: pass a length from 0 to 3"):
+        cache.truncate(length)
+    assert [layer.length for layer in cache.layers] == [3, 3]
+
+
+def test_all_layers_are_cut_also_when_a_pass_ended_half_way():
+    cache = KVCache(n_layers=3, batch_size=1, num_kv_heads=1, max_length=8, head_dim=2)
+    for layer in (*cache.layers, *cache.layers[:2]):  # the last layer was not reached a second time
+        layer.append(*torch.ones(2, 1, 1, 3, 2))
+    with pytest.raises(ValueError, match="has 3 tokens"):
+        cache.truncate(4)
+    assert [layer.length for layer in cache.layers] == [6, 6, 3]
+    cache.truncate(cache.length)
+    assert [layer.length for layer in cache.layers] == [3, 3, 3]
+    cache.truncate(0)
+    assert cache.length == 0

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from CMHA.choosing import AttentionSettings, choose
+from CMHA.choosing.choose import reads_pages
 from CMHA.choosing.compatibility import DEVICES, FEATURES, compatibility, markdown_table
 from CMHA.implementations import IMPLEMENTATIONS, eager, flash_package
 from CMHA.packages import Found
@@ -16,14 +17,20 @@ def test_what_the_table_calls_yes_is_taken_and_what_it_refuses_is_not():
     for name, row in compatibility().items():
         if name in ("flash_attention_2", "flash_attention_3"):
             continue  # not installed here: below
+        calls = {device: replace(request, paged=reads_pages(name)) for device, request in DEVICES.items()}
         for device in ("CPU", "MPS"):
-            choice = choose(AttentionSettings(attn_implementation=name), DEVICES[device])
+            choice = choose(AttentionSettings(attn_implementation=name), calls[device])
             assert (choice.chosen == name) == (row[device] == "yes"), (name, device)
         if row["CPU"] == "cuda_only":
             continue  # the rest of its row is about CUDA
         for feature, wish in FEATURES.items():
-            choice = choose(AttentionSettings(attn_implementation=name), replace(DEVICES["CPU"], **wish))
             says_yes = row[feature].startswith("yes") and "CPU:" not in row[feature]
+            settings, request = AttentionSettings(attn_implementation=name), replace(calls["CPU"], **wish)
+            if reads_pages(name) and not says_yes:  # nothing else reads pages, so nothing takes its place
+                with pytest.raises(ValueError, match=f"{name} cannot serve"):
+                    choose(settings, request)
+                continue
+            choice = choose(settings, request)
             assert (choice.chosen == name) == says_yes, (name, feature)
 
 
@@ -54,7 +61,8 @@ def test_it_is_the_same_table_whether_or_not_the_packages_are_there(monkeypatch)
         ("flash_triton", "MPS", "cuda_only"),
         ("flash_triton", "dropout", "yes"),
         ("flash_triton", "weights", "weights_wanted"),
-        ("paged_attention", "CPU", "not_built"),
+        ("paged_attention", "CPU", "yes"),
+        ("paged_attention", "gradients", "training"),
     ],
 )
 def test_some_cells_that_everybody_knows(name, column, cell):

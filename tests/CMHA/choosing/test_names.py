@@ -3,7 +3,6 @@
 import pytest
 
 from CMHA.choosing import canonical_name, known_names
-from CMHA.implementations import IMPLEMENTATIONS
 
 
 @pytest.mark.parametrize(
@@ -51,9 +50,3 @@ def test_what_resembles_nothing_is_refused_without_a_guess(wrong):
     with pytest.raises(ValueError, match="unknown attn_implementation") as error:
         canonical_name(wrong)
     assert "Did you mean" not in str(error.value)
-
-
-def test_a_file_in_the_registry_takes_over_a_name_that_was_not_built(monkeypatch):
-    monkeypatch.setitem(IMPLEMENTATIONS, "paged_attention", type("module", (), {"ALIASES": ("pages",)}))
-    assert canonical_name("pages") == "paged_attention"
-    assert list(known_names()).count("paged_attention") == 1

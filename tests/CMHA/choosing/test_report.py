@@ -23,7 +23,7 @@ def test_it_is_json_and_says_who_was_chosen_and_with_what_codes_the_others_were_
     assert report["usable"]["flash_tiled"] == ["weights_wanted"]
     assert set(report["usable"]) == set(known_names()) - {"auto"}
     assert report["usable"]["flash_triton"] == ["weights_wanted", "cuda_only"]
-    assert report["usable"]["paged_attention"] == ["not_built"]
+    assert report["usable"]["paged_attention"] == ["no_pages", "weights_wanted"]
     assert set(report["known_names"]) == set(known_names())
     assert report["torch_sdpa_kernel"] is None
     assert (report["device"], report["dtype"]) == ("cpu", "float32")

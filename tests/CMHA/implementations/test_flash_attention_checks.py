@@ -80,7 +80,6 @@ BOTH, TWO, THREE = ["flash_attention_2", "flash_attention_3"], ["flash_attention
         (BOTH, True, replace(ON_HOPPER, dtype=torch.float32), ["dtype"]),
         (BOTH, True, replace(ON_HOPPER, needs_weights=True), ["weights_wanted"]),
         (BOTH, True, replace(ON_HOPPER, head_dim=264), ["head_dim"]),
-        (BOTH, True, replace(ON_HOPPER, paged=True), ["paged"]),
         (BOTH, True, replace(ON_HOPPER, query_len=9), []),
         (BOTH, True, replace(ON_HOPPER, query_len=9, mask_kind="full"), []),
         (BOTH, True, replace(ON_HOPPER, query_len=9, mask_kind="full+window"), ["more_queries_than_keys"]),
@@ -102,8 +101,8 @@ BOTH, TWO, THREE = ["flash_attention_2", "flash_attention_3"], ["flash_attention
         (THREE, True, replace(ON_HOPPER, capability=(12, 0)), ["capability"]),
         (
             THREE, False,
-            replace(ON_HOPPER, capability=(8, 6), dtype=torch.float32, dropout=0.1, needs_weights=True, paged=True),
-            ["weights_wanted", "dtype", "paged", "capability", "dropout", "not_installed"],
+            replace(ON_HOPPER, capability=(8, 6), dtype=torch.float32, dropout=0.1, needs_weights=True),
+            ["weights_wanted", "dtype", "capability", "dropout", "not_installed"],
         ),
     ],
 )  # fmt: skip

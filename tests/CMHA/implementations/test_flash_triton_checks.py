@@ -38,7 +38,6 @@ REQUESTS = {  # what is asked beyond ON_HOPPER, the triton there, TRITON_INTERPR
     "weights": ({"needs_weights": True}, COMPILER, None, "weights_wanted", "never forms", "ask eager"),
     "float64": ({"dtype": torch.float64}, COMPILER, None, "dtype", "not float64", "use flash_tiled"),
     "wide": ({"head_dim": 129}, COMPILER, None, "head_dim", "up to 128, not 129", "more heads"),
-    "paged": ({"paged": True}, COMPILER, None, "paged", "paged cache", "plain KV cache"),
     "no_queries": ({"query_len": 0}, COMPILER, None, "empty", "without queries or keys", "use sdpa"),
     "no_keys": ({"key_len": 0}, COMPILER, None, "empty", "without queries or keys", "use sdpa"),
     "turing": ({"capability": (7, 5)}, COMPILER, None, "capability", "(7, 5)", "use sdpa"),
@@ -78,13 +77,12 @@ def test_what_cannot_be_served_is_refused_with_one_reason_and_a_remedy(name, mac
     assert reason.code == code
     assert message in reason.message
     assert remedy in reason.remedy
-    if name != "paged":  # nothing serves that here
-        for _ in range(2):
-            choice = choose(AttentionSettings(attn_implementation="triton"), request)
-        assert choice.chosen == ("eager" if name in ("weights", "mps") else "sdpa")
-        (warning,) = [record.getMessage() for record in messages if record.levelname == "WARNING"]
-        assert reason.message in warning
-        assert reason.remedy in warning
+    for _ in range(2):
+        choice = choose(AttentionSettings(attn_implementation="triton"), request)
+    assert choice.chosen == ("eager" if name in ("weights", "mps") else "sdpa")
+    (warning,) = [record.getMessage() for record in messages if record.levelname == "WARNING"]
+    assert reason.message in warning
+    assert reason.remedy in warning
     with pytest.raises(ValueError, match="flash_triton cannot serve this request") as error:
         choose(AttentionSettings(attn_implementation="flash_triton", attn_strict=True), request)
     assert f"{reason.message}; {reason.remedy}" in str(error.value)

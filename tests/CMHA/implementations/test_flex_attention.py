@@ -327,7 +327,6 @@ CUDA = {"device": "cuda", "dtype": torch.bfloat16, "capability": (8, 0)}
         ({"needs_grad": True}, ["needs_grad"]),
         ({"dropout": 0.1}, ["dropout"]),
         ({"needs_weights": True}, ["weights_wanted"]),
-        ({"paged": True}, ["paged"]),
         ({"dtype": torch.float64}, ["dtype"]),
         ({"dropout": 0.1, "needs_grad": True, "dtype": torch.float64}, ["needs_grad", "dropout", "dtype"]),
         ({"device": "mps"}, ["mps"]),

@@ -213,7 +213,7 @@ def test_all_wrong_numbers_are_said_at_once():
         (("--model", "gpt3"), "unknown preset 'gpt3'. Did you mean 'gpt2'"),
         (("--device", "K80"), "the peak of 'K80' .*--peak_tflops"),
         (("--device", "T4", "--dtype", "bf16"), "the peak of 'T4' in bf16 is not known"),
-        (("--device", "T4", "--attn_implementation", "paged_attention"), "not written yet"),
+        (("--device", "T4", "--attn_implementation", "paged_attention"), "it is for generation.*for training"),
         (("--device", "T4", "--attn_implementation", "eagre"), "Did you mean 'eager'"),
         (("--device", "T4", "--emb_dim", "100"), "n_heads.* must divide"),
         (("--device", "T4", "--optimizer", "sgd"), "--optimizer must be one of adamw, muon, none"),
