@@ -1,12 +1,15 @@
 """generate(): the model writes, one token at a time: score, pick, append, repeat.
 
 With a KV cache each step reads one new token; without, the whole text so far. Both give the same text, since under
-a causal mask an old token's keys and values never change. When the text outgrows the context, the window slides:
-every token's position changes, the cache is worthless, and each step reads the last context_length tokens again.
+a causal mask an old token's keys and values never change. When the text outgrows the context, generate() says so, or,
+if asked, lets the window slide: every token's position changes, the cache is worthless, and each step reads the last
+context_length tokens again. How a token is picked: `GPT2Model/sampling.py`. From text to text: `text_generation.py`.
 """
 
-from collections.abc import Callable, Collection
-from numbers import Integral, Real
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from numbers import Integral
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,6 +17,11 @@ from torch import Tensor
 
 from CMHA.kv_cache import KVCache
 from CMHA.masks import check_padding_mask
+from GPT2Model.paged_forward import PagedRows
+from GPT2Model.sampling import Sampler, Sampling, filtered_probabilities, sample
+
+__all__ = ["filtered_probabilities", "generate", "make_cache", "next_logits", "sample"]
+PAST_CONTEXT = ("error", "slide")
 
 
 @torch.no_grad()
@@ -25,12 +33,16 @@ def generate(
     *,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     stop_tokens: int | Collection[int] = (),
     pad_token: int | None = None,
     seed: int | None = None,
     padding_mask: Bool[Tensor, "batch tokens"] | None = None,
     use_cache: bool = True,
+    past_context: str = "error",
     on_token: Callable[[Tensor], None] | None = None,
+    on_step: Callable[[Tensor, Tensor], Tensor | None] | None = None,
 ) -> Int[Tensor, "batch longer"]:
     """Continue each row of `ids` by up to `max_new_tokens` tokens.
 
@@ -41,57 +53,60 @@ def generate(
         temperature: 0 picks the likeliest token (greedy). 1 samples from the model's own distribution; lower is safer.
         top_k: sample from the k likeliest tokens only.
         top_p: sample from the fewest tokens whose probabilities sum to p at least ("nucleus"; Holtzman et al., 2019).
+        min_p: sample from the tokens at least this many times as likely as the likeliest (Nguyen et al., 2024).
+        repetition_penalty: above 1, tokens that were read or written become less likely (Keskar et al., 2019). 1: none.
         stop_tokens: an id, or several. A row that has produced one is finished; generation ends when all are.
-        pad_token: what stands behind a row's stop; None: the stop token itself, once more.
-        seed: of the sampling, for one result on one machine; None: torch's global state.
+        pad_token: what stands behind a row's stop; None: the row's last token, once more.
+        seed: row i draws from a generator of its own, seeded with seed + i: on one machine its text is the same again,
+            whatever the other rows are. None: torch's global state.
         padding_mask: (B, T) bool, True = a real token.
         use_cache: keep keys and values of old tokens. The text is the same without, and slower.
+        past_context: what to do with more tokens than context_length. "error": say so before anything is computed.
+            "slide": read the last context_length tokens only, each step all of them anew. That is an approximation: in
+            training no text moved through the positions like that, and what slid out is forgotten.
         on_token: called with the (B,) new ids after each step: to show the text as it grows.
+        on_step: called with the (B, vocab_size) logits and the (B,) new ids after each step. It may return a (B,) bool
+            tensor: the rows that are finished now.
     Returns:
         (B, T + n) ids, the prompts included; n <= max_new_tokens, fewer only if every row stopped.
     Raises:
         ValueError: every argument that makes no sense, at once.
     """
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"ids must be a tensor (B, T) of token ids, got {type(ids).__name__}: torch.tensor([ids]).")
-    if isinstance(stop_tokens, str):
-        raise TypeError(f"stop_tokens are token ids, got the text {stop_tokens!r}: tokenizer.end_of_text is one.")
-    stops = {int(token) for token in ([stop_tokens] if isinstance(stop_tokens, Integral) else stop_tokens)}
-    check_arguments(model, ids, max_new_tokens, temperature, top_k, top_p, stops, pad_token, padding_mask)
-    generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    stops = as_set(stop_tokens)
+    problems = problems_of(model, ids, max_new_tokens, sampling, stops, pad_token, padding_mask, past_context)
+    if problems:
+        raise ValueError("generate() cannot run:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    samplers = [Sampler(for_row(sampling, i), ids.device) for i in range(len(ids))]
     stop_ids = torch.tensor(sorted(stops), dtype=ids.dtype, device=ids.device)
-    finished = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
-    context_length = model.cfg["context_length"]
+    finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     cache = None
-    if use_cache and ids.shape[1] <= context_length:
-        cache = make_cache(model, ids.shape[0], min(ids.shape[1] + max_new_tokens, context_length))
+    if use_cache and ids.shape[1] <= model.cfg["context_length"]:
+        longest = min(ids.shape[1] + max_new_tokens, model.cfg["context_length"])
+        cache = PagedRows(model, len(ids), longest) if reads_pages(model) else make_cache(model, len(ids), longest)
 
-    modes = [(module, module.training) for module in model.modules()]  # one part may be frozen in eval
-    model.eval()
-    try:
+    with evaluating(model):
         for _ in range(max_new_tokens):
             logits = next_logits(model, ids, padding_mask, cache)
-            chosen = sample(logits, temperature, top_k=top_k, top_p=top_p, generator=generator)
-            if stops:
-                chosen = torch.where(finished, ids[:, -1] if pad_token is None else pad_token, chosen)
-                finished = finished | torch.isin(chosen, stop_ids)
+            chosen = pick(logits, ids, padding_mask, samplers)
+            chosen = torch.where(finished, ids[:, -1] if pad_token is None else pad_token, chosen)
             ids = torch.cat([ids, chosen[:, None]], dim=1)
             if padding_mask is not None:
                 padding_mask = torch.cat([padding_mask, torch.ones_like(padding_mask[:, :1])], dim=1)
             if on_token is not None:
                 on_token(chosen)
-            if stops and bool(finished.all()):
+            if stops:
+                finished = finished | torch.isin(chosen, stop_ids)
+            if on_step is not None and (ended := on_step(logits, chosen)) is not None:
+                finished = finished | ended
+            if (stops or on_step is not None) and bool(finished.all()):
                 break
-    finally:
-        for module, training in modes:
-            module.training = training
     return ids
 
 
 def make_cache(model, batch_size: int, max_length: int) -> KVCache:
     """An empty KVCache that fits `model`, in its dtype and on its device."""
-    attention = model.blocks[0].attention
-    weight = attention.W_qkv.weight
+    attention, weight = model.blocks[0].attention, model.final_norm.weight  # a norm's: matrices may be 8 bits
     return KVCache(
         len(model.blocks), batch_size, attention.num_kv_heads, max_length, attention.head_dim,
         dtype=weight.dtype, device=weight.device,
@@ -99,81 +114,102 @@ def make_cache(model, batch_size: int, max_length: int) -> KVCache:
 
 
 def next_logits(
-    model, ids: Tensor, padding_mask: Tensor | None, cache: KVCache | None
+    model, ids: Tensor, padding_mask: Tensor | None, cache: KVCache | PagedRows | None
 ) -> Float[Tensor, "batch vocab_size"]:
     """Scores for the token after `ids`, reading only what the cache has not read yet."""
     window = model.cfg["context_length"]
     if cache is None or ids.shape[1] > window:
         mask = None if padding_mask is None else padding_mask[:, -window:]
         return model(ids[:, -window:], mask)[:, -1]
+    if isinstance(cache, PagedRows):
+        return cache.next_logits(model, ids, padding_mask)
     return model(ids[:, cache.length :], padding_mask, cache)[:, -1]
 
 
-def sample(
-    logits: Float[Tensor, "batch vocab_size"],
-    temperature: float = 0.0,
-    *,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
+def pick(
+    logits: Float[Tensor, "batch vocab_size"], ids: Tensor, padding_mask: Tensor | None, samplers: Sequence[Sampler]
 ) -> Int[Tensor, "batch"]:
-    """One token id for each row. The order is the usual one: temperature, top-k, top-p, draw."""
-    if temperature == 0.0:
-        return logits.argmax(dim=-1)
-    probabilities = filtered_probabilities(logits, temperature, top_k=top_k, top_p=top_p)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+    """Each row's next token. All rows share one distribution's settings, and each draws from its own generator."""
+    sampling = samplers[0].sampling
+    if sampling.repetition_penalty != 1:
+        read = ids if padding_mask is None else [row[real] for row, real in zip(ids, padding_mask, strict=True)]
+        logits = torch.stack([one.logits(*row) for one, *row in zip(samplers, logits, read, strict=True)])
+    if sampling.greedy:
+        return logits.argmax(dim=-1).to(ids.dtype)
+    cuts = {"top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p}
+    probabilities = filtered_probabilities(logits, sampling.temperature, **cuts)
+    drawn = [
+        torch.multinomial(row, 1, generator=one.generator) for one, row in zip(samplers, probabilities, strict=True)
+    ]
+    return torch.cat(drawn).to(ids.dtype)
 
 
-def filtered_probabilities(
-    logits: Float[Tensor, "batch vocab_size"],
-    temperature: float,
-    *,
-    top_k: int | None = None,
-    top_p: float | None = None,
-) -> Float[Tensor, "batch vocab_size"]:
-    """The distribution that `sample` draws from: what was cut has probability 0, the rest sums to 1."""
-    # softmax does not change when a row is shifted; from the maximum down, a tiny temperature cannot overflow
-    logits = (logits.float() - logits.float().amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)
-    if top_k is not None and top_k < logits.shape[-1]:
-        kept = logits.topk(top_k, dim=-1)
-        logits = torch.full_like(logits, float("-inf")).scatter(-1, kept.indices, kept.values)
-    probabilities = torch.softmax(logits, dim=-1)
-    if top_p is not None and top_p < 1:  # at 1 nothing is cut, though the rounded sums below reach 1 too early
-        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(dim=-1) - ordered  # mass of the likelier tokens: 0 for the first, which always stays
-        kept = torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(before >= top_p, 0.0))
-        probabilities = kept / kept.sum(dim=-1, keepdim=True)
-    return probabilities
+def for_row(sampling: Sampling, row: int) -> Sampling:
+    """The settings of one row: the seed counts on."""
+    return sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + row)
 
 
-def check_arguments(model, ids, max_new_tokens, temperature, top_k, top_p, stops, pad_token, padding_mask) -> None:
-    """Raise one ValueError that lists everything wrong with a call of generate()."""
-    problems, vocab_size = [], model.cfg["vocab_size"]
-    whole = {"max_new_tokens": max_new_tokens, "top_k": top_k}
-    numbers = {"temperature": temperature, "top_p": top_p} | whole
-    wrong = [name for name, value in numbers.items() if not isinstance(value, Real) and value is not None]
-    wrong += [name for name, value in whole.items() if isinstance(value, Real) and not isinstance(value, Integral)]
-    wrong += [name for name in ("temperature", "max_new_tokens") if numbers[name] is None]
-    if wrong:
-        named = ", ".join(f"{name}={numbers[name]!r}" for name in wrong)
-        raise TypeError(f"generate() takes numbers, whole ones for max_new_tokens and top_k: got {named}.")
-    if ids.ndim != 2 or ids.shape[1] == 0:
+def reads_pages(model) -> bool:
+    """Whether this model was asked to keep keys and values in pages."""
+    return model.blocks[0].attention.settings.requested == "paged_attention"
+
+
+@contextmanager
+def evaluating(model) -> Iterator[None]:
+    """Every module in eval, and back in its own mode afterwards: one part may have been frozen in eval."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def as_set(stop_tokens: int | Collection[int]) -> set:
+    """Stop tokens, however they were given."""
+    alone = isinstance(stop_tokens, Integral | str) or (isinstance(stop_tokens, Tensor) and stop_tokens.ndim == 0)
+    return {
+        int(one) if isinstance(one, Integral | Tensor) else one for one in ([stop_tokens] if alone else stop_tokens)
+    }
+
+
+def problems_of(
+    model, ids, max_new_tokens, sampling: Sampling, stops: set, pad_token=None, padding_mask=None, past_context="error"
+) -> list[str]:
+    """Everything wrong with a call of generate(), one sentence each; empty: nothing. Nothing is computed."""
+    problems, vocab_size = sampling.problems(), model.cfg["vocab_size"]
+    if not isinstance(max_new_tokens, Integral) or isinstance(max_new_tokens, bool) or max_new_tokens < 0:
+        problems.append(f"max_new_tokens must be a whole number, 0 or more, got {max_new_tokens!r}.")
+        max_new_tokens = 0
+    for token in [*sorted(stops, key=repr), *([] if pad_token is None else [pad_token])]:
+        if not isinstance(token, Integral) or not 0 <= token < vocab_size:
+            problems.append(
+                f"stop and pad tokens are ids in 0..{vocab_size - 1}, got {token!r} (tokenizer.end_of_text is one)."
+            )
+    if past_context not in PAST_CONTEXT:
+        problems.append(f'past_context must be "error" or "slide", got {past_context!r}.')
+    if not isinstance(ids, Tensor):
+        return [
+            *problems,
+            f"ids must be a tensor (B, T), got {type(ids).__name__}: torch.tensor(ids); one text is [ids].",
+        ]
+    if ids.dtype not in (torch.int64, torch.int32):
+        problems.append(f"ids must be whole numbers (int64), got {ids.dtype}: ids.long()?")
+    elif ids.numel() and not 0 <= ids.min() <= ids.max() < vocab_size:
         problems.append(
-            f"ids must be (B, T) with T >= 1: a prompt of one token at least (one text is ids[None]), got "
-            f"{tuple(ids.shape)}."
+            f"token ids must be in 0..{vocab_size - 1}, got {ids.min()}..{ids.max()}: wrong tokenizer? (Padding too "
+            "needs ids of the vocabulary.)"
         )
-    if max_new_tokens < 0:
-        problems.append(f"max_new_tokens must be 0 or more, got {max_new_tokens}.")
-    if not 0 <= temperature < float("inf"):
-        problems.append(f"temperature must be 0 (greedy) or a positive number, got {temperature}.")
-    if top_k is not None and top_k < 1:
-        problems.append(f"top_k must be 1 or more, or None, got {top_k}.")
-    if top_p is not None and not 0 < top_p <= 1:
-        problems.append(f"top_p must be above 0 and at most 1, or None, got {top_p}.")
-    for token in [*stops, *([] if pad_token is None else [pad_token])]:
-        if not 0 <= token < vocab_size:
-            problems.append(f"stop and pad tokens must be in 0..{vocab_size - 1}, got {token}.")
-    if padding_mask is not None and ids.ndim == 2:
+    if ids.ndim != 2 or ids.numel() == 0:
+        problems.append(
+            "ids must be (B, T), with one row and one token at least: an empty prompt has nothing to continue (one "
+            f"text is ids[None]), got {tuple(ids.shape)}."
+        )
+        return problems
+    if past_context == "error":
+        problems += too_long(ids.shape[1], max_new_tokens, model.cfg["context_length"])
+    if padding_mask is not None:
         try:
             check_padding_mask(padding_mask, ids.shape[1], ids.shape[0])
         except (TypeError, ValueError) as error:
@@ -183,5 +219,16 @@ def check_arguments(model, ids, max_new_tokens, temperature, top_k, top_p, stops
                 problems.append(
                     "the last token of a row is padding: pad prompts on the left, so that each ends in a real token."
                 )
-    if problems:
-        raise ValueError("generate() cannot run:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    return problems
+
+
+def too_long(prompt: int, new: int, context_length: int) -> list[str]:
+    """The one problem of a text that outgrows the context, in tokens; empty: it fits."""
+    if prompt + new <= context_length:
+        return []
+    room = context_length - prompt
+    fits = f"at most {room} new tokens fit" if room > 0 else f"leave out {1 - room} tokens of it at least"
+    return [
+        f"a prompt of {prompt} tokens and {new} new ones are more than context_length={context_length}: {fits}. Or "
+        'past_context="slide": each step reads the last context_length tokens anew; slower, and an approximation.'
+    ]

@@ -41,7 +41,7 @@ def paged_forward(
 
 def make_paged_cache(model, num_blocks: int, block_size: int = 16) -> PagedKVCache:
     """An empty PagedKVCache that fits `model`, in its dtype and on its device."""
-    attention, weight = model.blocks[0].attention, model.token_embedding.weight
+    attention, weight = model.blocks[0].attention, model.final_norm.weight  # a norm's: matrices may be 8 bits
     kind = {"dtype": weight.dtype, "device": weight.device}
     return PagedKVCache(len(model.blocks), num_blocks, block_size, attention.num_kv_heads, attention.head_dim, **kind)
 

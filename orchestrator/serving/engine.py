@@ -18,12 +18,14 @@ from dataclasses import dataclass
 import torch
 
 from CMHA.paged_kv_cache import PagedMask
-from GPT2Model.completion import Completion, token_logprobs
+from GPT2Model.completion import Completion
+from GPT2Model.generation import as_set
 from GPT2Model.paged_forward import make_paged_cache, paged_forward
 from GPT2Model.sampling import Sampling
+from GPT2Model.text_generation import read_prompts
 from orchestrator.serving.block_manager import BlockManager
 from orchestrator.serving.capacity import affordable_blocks
-from orchestrator.serving.request import Request, Sample, TokenEvent, as_ids, as_strings, problems_of, too_long
+from orchestrator.serving.request import Request, Sample, TokenEvent, problems_of_request, too_long
 from orchestrator.serving.scheduler import Plan, Scheduler
 
 logger = logging.getLogger("orchestrator")
@@ -89,7 +91,7 @@ class Engine:
         prefix_sharing: bool = True,
     ):
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.device = model.token_embedding.weight.device
+        self.device = model.final_norm.weight.device
         if num_blocks is None:
             num_blocks = affordable_blocks(model, block_size, max_running)
         self.cache = make_paged_cache(model, num_blocks, block_size)
@@ -130,18 +132,16 @@ class Engine:
         Raises:
             ValueError: everything that is wrong with it at once, also that it can never fit.
         """
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("a text needs a tokenizer: Engine(model, tokenizer), or pass token ids.")
-            prompt = self.tokenizer.encode(prompt)
+        rows, problems = read_prompts(prompt, self.tokenizer)
+        if len(rows) > 1:
+            problems.append(f"a request has one prompt, got {len(rows)}: add each.")
         if stop_tokens is None:
-            stop_tokens = () if self.tokenizer is None else (self.tokenizer.end_of_text,)
-        stop_tokens = (stop_tokens,) if isinstance(stop_tokens, int) else tuple(stop_tokens)
+            stop_tokens = getattr(self.tokenizer, "end_of_text", ())
         request = Request(
-            next(self._numbers), as_ids(prompt), max_new_tokens, sampling or Sampling(), n, as_strings(stop),
-            frozenset(stop_tokens), logprobs, on_token,
+            next(self._numbers), rows[0] if rows else [], max_new_tokens, sampling or Sampling(), n,
+            (stop,) if isinstance(stop, str) else stop, as_set(stop_tokens), logprobs, on_token,
         )  # fmt: skip
-        problems = problems_of(request, self.model, self.tokenizer, self.scheduler.max_running)
+        problems += problems_of_request(request, self.model, self.tokenizer, self.scheduler.max_running)
         if not problems:
             problems = too_long(request, self.model.cfg["context_length"]) + self._never_fits(request)
         if problems:
@@ -219,7 +219,7 @@ class Engine:
         while self._inbox:
             what, about = self._inbox.popleft()
             if what == "add":
-                sample = Sample.of(about, 0, self.tokenizer, self.device)
+                sample = Sample(about, 0, self.tokenizer, self.device)
                 sample.to_fork = about.n - 1
                 self._open[about.number].append(sample)
                 self.scheduler.add(sample)
@@ -238,7 +238,7 @@ class Engine:
         """File a request's completions once all of its samples have ended."""
         samples = self._open.get(number, ())
         if samples and all(sample.finish_reason is not None and not sample.to_fork for sample in samples):
-            self._done[number] = [sample.completion() for sample in samples]
+            self._done[number] = [sample.text.completion() for sample in samples]
             with self._lock:
                 del self._open[number]
 
@@ -275,7 +275,7 @@ class Engine:
         for row, sample in enumerate(samples):
             if sample.unread:
                 continue
-            forks = [Sample.of(sample.request, i, self.tokenizer, self.device) for i in range(1, sample.to_fork + 1)]
+            forks = [Sample(sample.request, i, self.tokenizer, self.device) for i in range(1, sample.to_fork + 1)]
             sample.to_fork = 0
             for other in forks:
                 self._open[sample.request.number].append(other)
@@ -287,8 +287,7 @@ class Engine:
         sampling, request = sample.sampler.sampling, sample.request
         plain = sampling.greedy and sampling.repetition_penalty == 1
         id = likeliest if plain else sample.sampler.pick(logits, sample.tokens)
-        logprobs = None if request.logprobs is None else token_logprobs(logits, id, request.logprobs)
-        event = sample.write(id, logprobs)
+        event = sample.write(id, logits)
         if sample.finish_reason is not None:
             self.scheduler.remove(sample)
             self.stats.finished += 1

@@ -1,12 +1,15 @@
 """Request: what somebody asks the engine for; Sample: one of its n continuations, while it is being written."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from numbers import Integral
 
-from GPT2Model.completion import Completion, FinishReason, TokenLogprobs
+import torch
+
+from GPT2Model.completion import FinishReason, TokenLogprobs
+from GPT2Model.generation import for_row, problems_of
 from GPT2Model.sampling import Sampler, Sampling
-from GPT2Model.text_stream import TextStream, check_stop_strings
+from GPT2Model.text_generation import GrowingText, problems_of_text
 from orchestrator.serving.block_manager import BlockTable
 
 
@@ -36,49 +39,38 @@ class Request:
     """One prompt and what to do with it; `Engine.add` has the meaning of each. `number` is the order of arrival."""
 
     number: int
-    prompt_ids: tuple[int, ...]
+    prompt_ids: list[int]
     max_new_tokens: int
     sampling: Sampling
     n: int
     stop: tuple[str, ...]
-    stop_tokens: frozenset[int]
+    stop_tokens: set[int]
     logprobs: int | None
     on_token: Callable[[TokenEvent], object] | None
 
 
-@dataclass(eq=False)
 class Sample:
-    """One continuation of a request's prompt.
+    """One continuation of a request's prompt, and where its keys and values are.
 
+    Args:
+        request, index: whose, and which of n: it draws from a generator of its own, seeded with seed + index, which
+            neither a batch nor a preemption touches.
+        tokenizer: None: no text, only ids. device: of the model.
     Attributes:
-        request, index: whose, and which of n.
         tokens: prompt and what was written. The scheduler has them read in chunks, and again after a preemption.
+        text: what was written, as it grows.
         table: where the keys and values of those that were read are; None: it waits.
-        sampler: its own draws: neither a batch nor a preemption changes them.
-        stream: its text; None: the engine has no tokenizer.
         to_fork: samples 1 to n - 1 become sequences of their own when the prompt has been read, once for all.
         furthest: tokens that were read at least once; after a preemption more than are in the cache.
     """
 
-    request: Request
-    index: int
-    tokens: list[int]
-    sampler: Sampler
-    stream: TextStream | None
-    to_fork: int = 0
-    furthest: int = 0
-    table: BlockTable | None = None
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-
-    @classmethod
-    def of(cls, request: Request, index: int, tokenizer, device) -> "Sample":
-        """A sample that has written nothing; sample i draws with seed + i."""
-        sampling = request.sampling
-        if sampling.seed is not None:
-            sampling = replace(sampling, seed=sampling.seed + index)
-        stream = None if tokenizer is None else TextStream(tokenizer, request.stop)
-        return cls(request, index, list(request.prompt_ids), Sampler(sampling, device), stream)
+    def __init__(self, request: Request, index: int, tokenizer, device: torch.device | str):
+        self.request, self.index = request, index
+        self.tokens = list(request.prompt_ids)
+        self.text = GrowingText(request.prompt_ids, tokenizer, request.stop, request.stop_tokens, request.logprobs)
+        self.sampler = Sampler(for_row(request.sampling, index), device)
+        self.table: BlockTable | None = None
+        self.to_fork = self.furthest = 0
 
     @property
     def arrived(self) -> tuple[int, int]:
@@ -91,8 +83,8 @@ class Sample:
         return len(self.tokens) - (len(self.table.tokens) if self.table else 0)
 
     @property
-    def written(self) -> list[int]:
-        return self.tokens[len(self.request.prompt_ids) :]
+    def finish_reason(self) -> FinishReason | None:
+        return self.text.finish_reason
 
     def first_reads_of_written(self, count: int) -> int:
         """Of the last `count` tokens that were read, those that the model had written and nobody had read before."""
@@ -101,69 +93,33 @@ class Sample:
         self.furthest = max(self.furthest, end)
         return max(0, end - start)
 
+    def write(self, id: int, logits: torch.Tensor) -> TokenEvent:
+        """Append a token, and see whether it was the last one. logits: (vocab_size,) that it was chosen from."""
+        self.tokens.append(id)
+        piece = self.text.add(id, logits)
+        if len(self.text.ids) == self.request.max_new_tokens:
+            piece += self.text.end("length")
+        logprobs = self.text.logprobs[-1] if self.text.logprobs else None
+        return TokenEvent(self.request.number, self.index, id, piece, logprobs, self.finish_reason)
+
     def cancel(self) -> None:
         """No more tokens; the text keeps what it has."""
-        self.finish_reason, self.to_fork = "cancelled", 0
-        if self.stream is not None:
-            self.stream.finish()
-
-    def write(self, id: int, logprobs: TokenLogprobs | None) -> TokenEvent:
-        """Append a token, and see whether it was the last one."""
-        request = self.request
-        self.tokens.append(id)
-        if logprobs is not None:
-            self.logprobs.append(logprobs)
-        text = ""
-        if id in request.stop_tokens:
-            self.finish_reason = "stop"  # the stop token itself is no text
-        elif self.stream is not None:
-            text = self.stream.push(id)
-            if self.stream.stopped:
-                self.finish_reason = "stop"
-        if self.finish_reason is None and len(self.written) == request.max_new_tokens:
-            self.finish_reason = "length"
-        if self.finish_reason is not None and self.stream is not None:
-            text += self.stream.finish()
-        return TokenEvent(request.number, self.index, id, text, logprobs, self.finish_reason)
-
-    def completion(self) -> Completion:
-        return Completion(
-            prompt_ids=list(self.request.prompt_ids),
-            ids=self.written,
-            text=None if self.stream is None else self.stream.text,
-            finish_reason=self.finish_reason,
-            logprobs=self.logprobs if self.request.logprobs is not None else None,
-        )
+        self.to_fork = 0
+        self.text.end("cancelled")
 
 
-def problems_of(request: Request, model, tokenizer, max_running: int) -> list[str]:
+def problems_of_request(request: Request, model, tokenizer, max_running: int) -> list[str]:
     """Everything in a request that makes no sense for this model, a sentence each; not whether there is room."""
-    found, vocab_size = request.sampling.problems(), model.cfg["vocab_size"]
-    whole = {"max_new_tokens": request.max_new_tokens, "n": request.n, "logprobs": request.logprobs}
-    for name, value in whole.items():
-        least = 0 if name == "logprobs" else 1
-        if value is None and name == "logprobs":
-            continue
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-            found.append(f"{name} must be a whole number, {least} or more, got {value!r}.")
-    if not request.prompt_ids:
-        found.append("the prompt is empty: give a token at least; the end-of-text token begins a text from nothing.")
-    for name, ids in (("the prompt", request.prompt_ids), ("stop_tokens", request.stop_tokens)):
-        wrong = [i for i in ids if not isinstance(i, Integral) or isinstance(i, bool) or not 0 <= i < vocab_size]
-        if wrong:
-            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            found.append(f"{name} must hold ids in 0..{vocab_size - 1}, got {wrong[0]!r}{more}: another tokenizer?")
-    if isinstance(request.n, Integral) and request.n > 1:
-        if request.sampling.greedy:
-            found.append(f"n={request.n} samples at temperature 0 would all be the same: set a temperature above 0.")
-        if request.n > max_running:
-            found.append(f"n={request.n} samples run side by side, and max_running is {max_running}.")
-    try:
-        check_stop_strings(request.stop)
-    except (TypeError, ValueError) as error:
-        found.append(str(error))
-    if request.stop and tokenizer is None:
-        found.append("stop strings need a tokenizer: Engine(model, tokenizer); or pass stop_tokens, which are ids.")
+    sampling, ids = request.sampling, torch.tensor([request.prompt_ids or [0]])  # an empty one was noted already
+    found = problems_of(model, ids, request.max_new_tokens, sampling, request.stop_tokens, past_context="slide")
+    found += problems_of_text(
+        sampling, request.n, request.stop, request.logprobs, vocab_size=model.cfg["vocab_size"],
+        only_ids=tokenizer is None,
+    )  # fmt: skip
+    if request.max_new_tokens == 0:
+        found.append("max_new_tokens=0 asks for nothing: 1 at least.")
+    if isinstance(request.n, Integral) and request.n > max_running:
+        found.append(f"n={request.n} samples are written side by side, and max_running is {max_running}.")
     return found
 
 
@@ -175,13 +131,3 @@ def too_long(request: Request, context_length: int) -> list[str]:
     room = context_length - prompt
     advice = f"ask for {room} at most" if room > 0 else f"a prompt may have {context_length - 1} at most"
     return [f"{prompt} tokens of prompt and {new} new ones are more than context_length={context_length}: {advice}."]
-
-
-def as_ids(ids: Sequence[int]) -> tuple:
-    """A list or a 1-D tensor of ids as a tuple."""
-    return tuple(ids.tolist() if hasattr(ids, "tolist") else ids)
-
-
-def as_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """One stop string or several as a tuple."""
-    return (stop,) if isinstance(stop, str) else tuple(stop)

@@ -1,0 +1,254 @@
+"""generate_text(): from prompts to texts. Tokenizer, batch, stop strings, samples, log-probabilities, streaming.
+
+The loop is generate()'s own (`GPT2Model/generation.py`); here stands what makes ids of text before it and text of ids
+behind it. All prompts are read in one batch, the shorter ones padded on the left. For many requests that come and go at
+their own times there is the engine in `orchestrator/serving/`.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+from GPT2Model.completion import Completion, FinishReason, TokenLogprobs, token_logprobs
+from GPT2Model.generation import as_set, for_row, generate, problems_of
+from GPT2Model.sampling import Sampling
+from GPT2Model.text_stream import TextStream, check_stop_strings
+
+GREEDY = Sampling()
+Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
+
+
+def generate_text(
+    model,
+    tokenizer,
+    prompts: Prompts,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    *,
+    n: int = 1,
+    stop: str | Sequence[str] = (),
+    stop_tokens: int | Collection[int] | None = None,
+    logprobs: int | None = None,
+    on_text: Callable[[int, str], None] | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+    past_context: str = "error",
+    use_cache: bool = True,
+    draft=None,
+    draft_tokens: int = 4,
+) -> list[Completion]:
+    """Continue each prompt by up to `max_new_tokens` tokens, `n` times.
+
+    Args:
+        model: a GPTModel.
+        tokenizer: the one that it was trained with: `encode`, `decode`, `end_of_text`. None: ids in, and ids out.
+        prompts: a text, or several; or the token ids of one or several. Their lengths may differ.
+        max_new_tokens: for each completion.
+        sampling: how tokens are chosen; the default is greedy. Sample j of prompt i is drawn with seed
+            `sampling.seed + i * n + j` by a generator of its own: on one machine it is the same again, whatever else is
+            in the batch.
+        n: samples of each prompt.
+        stop: a text, or several. A completion ends where one of them would begin. (Which, if several: `TextStream`.)
+        stop_tokens: ids that end a completion; None: the tokenizer's end of text.
+        logprobs: how many of the likeliest tokens to note at each place, beside the chosen one; None: note nothing.
+        on_text: called with the number of the completion and the next piece of its text, as soon as it may be shown.
+        on_token: called with the number of the completion and each of its token ids, before on_text. A completion that
+            has ended is not heard of again by either.
+        past_context, use_cache: as in `generate`.
+        draft: a smaller model with the same vocabulary, which guesses ahead (`GPT2Model/speculative.py`): the same
+            distribution, and greedily the same text, in fewer passes of the model. One sequence at a time.
+        draft_tokens: how many tokens it guesses in a round.
+    Returns:
+        the completions: n of the first prompt, n of the second, and so on.
+    Raises:
+        ValueError: every argument that makes no sense, at once.
+    """
+    rows, problems = read_prompts(prompts, tokenizer)
+    if stop_tokens is None:
+        stop_tokens = getattr(tokenizer, "end_of_text", ())
+    stops = as_set(stop_tokens)
+    batch = left_padded([row for row in rows if row] or [[0]])[0]
+    problems += problems_of(model, batch, max_new_tokens, sampling, stops, past_context=past_context)
+    vocab_size = model.cfg["vocab_size"]
+    about_text = {"vocab_size": vocab_size, "on_text": on_text, "only_ids": tokenizer is None}
+    problems += problems_of_text(sampling, n, stop, logprobs, **about_text)
+    if draft is not None:
+        problems += problems_of_draft(logprobs, use_cache, past_context)
+    if problems:
+        raise ValueError("this text cannot be written:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+    rows = [row for row in rows for _ in range(n)]
+    texts = [GrowingText(row, tokenizer, stop, stops, logprobs) for row in rows]
+
+    def show(index: int, piece: str) -> None:
+        if piece and on_text is not None:
+            on_text(index, piece)
+
+    def take(index: int, token: int, logits: Tensor | None = None) -> None:
+        if on_token is not None:
+            on_token(index, token)
+        show(index, texts[index].add(token, logits))
+
+    def after_step(logits: Tensor, chosen: Tensor) -> Tensor:
+        for index, (text, token) in enumerate(zip(texts, chosen.tolist(), strict=True)):
+            if text.finish_reason is None:
+                take(index, token, logits[index])
+        return torch.tensor([text.finish_reason is not None for text in texts], device=chosen.device)
+
+    if draft is None:
+        ids, padding_mask = left_padded(rows, model.final_norm.weight.device)
+        generate(
+            model, ids, max_new_tokens, **asdict(sampling), padding_mask=padding_mask, use_cache=use_cache,
+            past_context=past_context, on_step=after_step,
+        )  # fmt: skip
+    else:
+        speculate(model, draft, draft_tokens, texts, max_new_tokens, sampling, take)
+    for index, text in enumerate(texts):
+        show(index, text.end("length"))
+    return [text.completion() for text in texts]
+
+
+class GrowingText:
+    """One completion while it is written.
+
+    Args:
+        prompt_ids: what was read.
+        tokenizer: None: no text, only ids.
+        stop, stop_tokens: what ends it.
+        logprobs: how many of the likeliest tokens to note; None: note nothing.
+    Attributes:
+        finish_reason: None while it grows.
+    """
+
+    def __init__(
+        self, prompt_ids: list[int], tokenizer, stop: str | Sequence[str], stop_tokens: set, logprobs: int | None
+    ):
+        self.prompt_ids, self.ids, self.stop_tokens = prompt_ids, [], stop_tokens
+        self.stream = None if tokenizer is None else TextStream(tokenizer, stop)
+        self.top, self.logprobs = logprobs, None if logprobs is None else []
+        self.finish_reason: FinishReason | None = None
+
+    def add(self, token: int, logits: Tensor | None = None) -> str:
+        """The next token, and what may be shown of the text now."""
+        self.ids.append(token)
+        if self.logprobs is not None:
+            self.logprobs.append(token_logprobs(logits, token, self.top))
+        if token in self.stop_tokens:
+            return self.end("stop")
+        piece = "" if self.stream is None else self.stream.push(token)
+        if self.stream is not None and self.stream.stopped:
+            self.finish_reason = "stop"
+        return piece
+
+    def end(self, reason: FinishReason) -> str:
+        """No token follows: the rest of the text. One that has ended already stays as it is."""
+        if self.finish_reason is not None:
+            return ""
+        rest = "" if self.stream is None else self.stream.finish()
+        self.finish_reason = "stop" if self.stream is not None and self.stream.stopped else reason
+        return rest
+
+    def completion(self) -> Completion:
+        text = None if self.stream is None else self.stream.text
+        noted: list[TokenLogprobs] | None = self.logprobs
+        return Completion(self.prompt_ids, self.ids, text, self.finish_reason, noted)
+
+
+class EndedError(Exception):
+    """Leaves speculative decoding where a stop string was complete."""
+
+
+def speculate(
+    model, draft, draft_tokens: int, texts: list[GrowingText], max_new_tokens: int, sampling: Sampling, take: Callable
+) -> None:
+    """One text after the other, with a draft that guesses ahead."""
+    from GPT2Model.speculative import check_arguments, generate_speculative
+
+    device = model.final_norm.weight.device
+    prompts = [torch.tensor([text.prompt_ids], device=device) for text in texts]
+    for text, ids in zip(texts, prompts, strict=True):  # of all texts, before the first is written
+        check_arguments(model, draft, ids, max_new_tokens, sampling, draft_tokens, text.stop_tokens)
+    for index, (text, ids) in enumerate(zip(texts, prompts, strict=True)):
+
+        def add(token: Tensor, index: int = index, text: GrowingText = text) -> None:
+            take(index, int(token))
+            if text.finish_reason is not None:
+                raise EndedError
+
+        settings = {"draft_tokens": draft_tokens, "stop_tokens": text.stop_tokens, "on_token": add}
+        with suppress(EndedError):
+            generate_speculative(model, draft, ids, max_new_tokens, for_row(sampling, index), **settings)
+
+
+def left_padded(rows: Sequence[Sequence[int]], device=None) -> tuple[Tensor, Tensor | None]:
+    """ids (B, longest) with zeros on the left, and the mask that says where; None where nothing was padded."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], dtype=torch.int64, device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    if bool((lengths == longest).all()):
+        return ids, None
+    return ids, torch.arange(longest, device=device) >= longest - lengths[:, None]
+
+
+def read_prompts(prompts, tokenizer) -> tuple[list[list[int]], list[str]]:
+    """The token ids of every prompt that can be read, and what is wrong with the others."""
+    if isinstance(prompts, Tensor):
+        prompts = prompts.tolist()
+    alone = isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(one, Integral) for one in prompts))
+    prompts = [prompts] if alone else list(prompts)
+    rows, problems = [], [] if prompts else ["prompts are empty: give a text, or the token ids of one."]
+    for number, prompt in enumerate(prompts, 1):
+        which = "the prompt" if alone else f"prompt {number} of {len(prompts)}"
+        if isinstance(prompt, str) and tokenizer is None:
+            problems.append(f"{which} is a text, and there is no tokenizer: give its token ids, or the tokenizer.")
+            continue
+        try:
+            row = tokenizer.encode(prompt) if isinstance(prompt, str) else [int(one) for one in prompt]
+        except (ValueError, TypeError) as error:
+            problems.append(f"{which} cannot be read: {error}")
+            continue
+        if not row:
+            start = getattr(tokenizer, "end_of_text", None)
+            hint = (
+                "" if start is None else f"; to begin from nothing, give the token that stands before a text: [{start}]"
+            )
+            problems.append(f"{which} is empty, and a model continues one token at least{hint}.")
+        rows.append(row)
+    return rows, problems
+
+
+def problems_of_text(
+    sampling: Sampling, n, stop, logprobs, *, vocab_size: int | None = None, on_text=None, only_ids: bool = False
+) -> list[str]:
+    """What is wrong with the arguments that generate() does not have. only_ids: there is no tokenizer."""
+    problems = []
+    if not isinstance(n, Integral) or isinstance(n, bool) or n < 1:
+        problems.append(f"n must be a whole number, 1 or more, got {n!r}.")
+    elif n > 1 and sampling.greedy:
+        problems.append(f"temperature 0 gives one text, and n={n} asks for {n}: set a temperature above 0.")
+    whole = isinstance(logprobs, Integral) and not isinstance(logprobs, bool)
+    if logprobs is not None and not (whole and 0 <= logprobs <= (vocab_size or logprobs)):
+        most = "" if vocab_size is None else f", at most {vocab_size}"
+        problems.append(f"logprobs must be None or 0 (the chosen token's alone) or more{most}, got {logprobs!r}.")
+    try:
+        stop = check_stop_strings(stop)
+    except (TypeError, ValueError) as error:
+        problems.append(str(error))
+    if only_ids and (stop or on_text is not None):
+        problems.append("stop strings and on_text are about text, and there is no tokenizer: use ids, or pass one.")
+    return problems
+
+
+def problems_of_draft(logprobs, use_cache: bool, past_context: str) -> list[str]:
+    """What a draft cannot be combined with."""
+    problems = []
+    if logprobs is not None:
+        problems.append("logprobs are not noted while a draft guesses ahead: leave one of the two out.")
+    if not use_cache:
+        problems.append("a draft saves passes over a cache: with use_cache=False leave it out.")
+    if past_context == "slide":
+        problems.append("a draft cannot guess in a window that slides: leave it out, or keep within the context.")
+    return problems
