@@ -5,7 +5,8 @@ blocks of `block_size` tokens, and a sequence has a *block table*: the numbers o
 It grows by one block when it needs one, sequences that begin alike may hold the same blocks, and nothing has to lie
 beside anything else. Who holds which block is decided elsewhere (`orchestrator/serving/block_manager.py`); here it is
 looked up.
-Source: "Efficient Memory Management for Large Language Model Serving with PagedAttention" (Kwon et al., 2023), section 4.
+Source: "Efficient Memory Management for Large Language Model Serving with PagedAttention" (Kwon et al., 2023),
+section 4.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from CMHA.kv_cache import KVCache, LayerCache
 from CMHA.masks import AttentionMask
+
+Pool = Float[Tensor, "blocks kv_heads block_size head_dim"]  # as attention is handed it
 
 
 class Pages(NamedTuple):
@@ -108,12 +111,12 @@ class PagedLayer(LayerCache):
 
     length = 0  # as in PagedKVCache
 
-    def __init__(self, keys: Tensor, values: Tensor, slots: Int[Tensor, "tokens"]):
+    def __init__(self, keys: Tensor, values: Tensor, slots: Int[Tensor, " tokens"]):
         self.keys, self.values, self.slots = keys, values, slots
 
     def append(
         self, keys: Float[Tensor, "1 kv_heads tokens head_dim"], values: Float[Tensor, "1 kv_heads tokens head_dim"]
-    ) -> tuple[Float[Tensor, "blocks kv_heads block_size head_dim"], Float[Tensor, "blocks kv_heads block_size head_dim"]]:  # fmt: skip
+    ) -> tuple[Pool, Pool]:
         """Write each new token into its slot, and return the whole pool: the mask says which blocks are whose."""
         for pool, new in ((self.keys, keys), (self.values, values)):
             # Under autocast new keys are narrower than the pool that was made in the weights' dtype.
@@ -132,7 +135,7 @@ class PagedSequence:
     """
 
     rows: slice
-    table: Int[Tensor, "blocks"]
+    table: Int[Tensor, " blocks"]
     mask: AttentionMask
 
 
@@ -146,10 +149,10 @@ class PagedPart(NamedTuple):
         tables: (sequences, most blocks) int32, each sequence's blocks, and 0 behind them.
     """
 
-    rows: Int[Tensor, "tokens"]
+    rows: Int[Tensor, " tokens"]
     new_tokens: list[int]
     lengths: list[int]
-    lengths_there: Int[Tensor, "sequences"]
+    lengths_there: Int[Tensor, " sequences"]
     tables: Int[Tensor, "sequences most_blocks"]
 
 

@@ -106,7 +106,7 @@ def generate(
 
 def make_cache(model, batch_size: int, max_length: int) -> KVCache:
     """An empty KVCache that fits `model`, in its dtype and on its device."""
-    attention, weight = model.blocks[0].attention, model.final_norm.weight  # a norm's: matrices may be 8 bits
+    attention, weight = model.blocks[0].attention, model.token_embedding.weight  # W_qkv may hold 8 bits
     return KVCache(
         len(model.blocks), batch_size, attention.num_kv_heads, max_length, attention.head_dim,
         dtype=weight.dtype, device=weight.device,
@@ -227,7 +227,7 @@ def too_long(prompt: int, new: int, context_length: int) -> list[str]:
     if prompt + new <= context_length:
         return []
     room = context_length - prompt
-    fits = f"at most {room} new tokens fit" if room > 0 else f"leave out {1 - room} tokens of it at least"
+    fits = f"at most {room} new tokens fit" if room > 0 else f"leave out {1 - room} of its tokens at least"
     return [
         f"a prompt of {prompt} tokens and {new} new ones are more than context_length={context_length}: {fits}. Or "
         'past_context="slide": each step reads the last context_length tokens anew; slower, and an approximation.'

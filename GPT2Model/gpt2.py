@@ -127,14 +127,14 @@ class GPTModel(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     @classmethod
-    def from_pretrained(cls, source, cfg: Mapping | None = None) -> "GPTModel":
-        """Weights from Hugging Face, this project or LLMs-from-scratch: see `GPT2Model/pretrained.py`."""
+    def from_pretrained(cls, source, cfg: Mapping | None = None, dtype: torch.dtype | None = None) -> "GPTModel":
+        """Weights from Hugging Face, this project, LLMs-from-scratch or nanoGPT: see `GPT2Model/pretrained.py`."""
         from GPT2Model.pretrained import load  # it builds a GPTModel, so it imports this file
 
-        return load(source, cfg)
+        return load(source, cfg, dtype)
 
-    def save_pretrained(self, folder) -> None:
+    def save_pretrained(self, folder, tokenizer=None) -> None:
         """Write a folder that this project and transformers open: see `GPT2Model/pretrained.py`."""
         from GPT2Model.pretrained import save
 
-        save(self, folder)
+        save(self, folder, tokenizer)

@@ -71,12 +71,15 @@ def generate_text(
         stop_tokens = getattr(tokenizer, "end_of_text", ())
     stops = as_set(stop_tokens)
     batch = left_padded([row for row in rows if row] or [[0]])[0]
-    problems += problems_of(model, batch, max_new_tokens, sampling, stops, past_context=past_context)
+    by_itself = past_context == "error" and draft is not None  # what is too long for both is said below
+    allowed = "slide" if by_itself else past_context
+    problems += problems_of(model, batch, max_new_tokens, sampling, stops, past_context=allowed)
     vocab_size = model.cfg["vocab_size"]
     about_text = {"vocab_size": vocab_size, "on_text": on_text, "only_ids": tokenizer is None}
     problems += problems_of_text(sampling, n, stop, logprobs, **about_text)
     if draft is not None:
         problems += problems_of_draft(logprobs, use_cache, past_context)
+        problems += problems_of_pairs(model, draft, rows, max_new_tokens, draft_tokens)
     if problems:
         raise ValueError("this text cannot be written:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
@@ -99,7 +102,7 @@ def generate_text(
         return torch.tensor([text.finish_reason is not None for text in texts], device=chosen.device)
 
     if draft is None:
-        ids, padding_mask = left_padded(rows, model.final_norm.weight.device)
+        ids, padding_mask = left_padded(rows, model.token_embedding.weight.device)
         generate(
             model, ids, max_new_tokens, **asdict(sampling), padding_mask=padding_mask, use_cache=use_cache,
             past_context=past_context, on_step=after_step,
@@ -165,13 +168,10 @@ def speculate(
     model, draft, draft_tokens: int, texts: list[GrowingText], max_new_tokens: int, sampling: Sampling, take: Callable
 ) -> None:
     """One text after the other, with a draft that guesses ahead."""
-    from GPT2Model.speculative import check_arguments, generate_speculative
+    from GPT2Model.speculative import generate_speculative
 
-    device = model.final_norm.weight.device
-    prompts = [torch.tensor([text.prompt_ids], device=device) for text in texts]
-    for text, ids in zip(texts, prompts, strict=True):  # of all texts, before the first is written
-        check_arguments(model, draft, ids, max_new_tokens, sampling, draft_tokens, text.stop_tokens)
-    for index, (text, ids) in enumerate(zip(texts, prompts, strict=True)):
+    for index, text in enumerate(texts):
+        ids = torch.tensor([text.prompt_ids], device=model.token_embedding.weight.device)
 
         def add(token: Tensor, index: int = index, text: GrowingText = text) -> None:
             take(index, int(token))
@@ -201,7 +201,7 @@ def read_prompts(prompts, tokenizer) -> tuple[list[list[int]], list[str]]:
     prompts = [prompts] if alone else list(prompts)
     rows, problems = [], [] if prompts else ["prompts are empty: give a text, or the token ids of one."]
     for number, prompt in enumerate(prompts, 1):
-        which = "the prompt" if alone else f"prompt {number} of {len(prompts)}"
+        which = "the prompt" if len(prompts) == 1 else f"prompt {number} of {len(prompts)}"
         if isinstance(prompt, str) and tokenizer is None:
             problems.append(f"{which} is a text, and there is no tokenizer: give its token ids, or the tokenizer.")
             continue
@@ -211,10 +211,8 @@ def read_prompts(prompts, tokenizer) -> tuple[list[list[int]], list[str]]:
             problems.append(f"{which} cannot be read: {error}")
             continue
         if not row:
-            start = getattr(tokenizer, "end_of_text", None)
-            hint = (
-                "" if start is None else f"; to begin from nothing, give the token that stands before a text: [{start}]"
-            )
+            start = None if tokenizer is None else tokenizer.decode([tokenizer.end_of_text])
+            hint = "" if start is None else f"; to begin from nothing, give what stands before a text: {start!r}"
             problems.append(f"{which} is empty, and a model continues one token at least{hint}.")
         rows.append(row)
     return rows, problems
@@ -252,3 +250,11 @@ def problems_of_draft(logprobs, use_cache: bool, past_context: str) -> list[str]
     if past_context == "slide":
         problems.append("a draft cannot guess in a window that slides: leave it out, or keep within the context.")
     return problems
+
+
+def problems_of_pairs(model, draft, rows: Sequence[list[int]], max_new_tokens, draft_tokens) -> list[str]:
+    """What is wrong with the two models and any of the prompts, each said once."""
+    from GPT2Model.speculative import problems_of_a_pair
+
+    pairs = [problems_of_a_pair(model, draft, torch.tensor([row]), max_new_tokens, draft_tokens) for row in rows]
+    return list(dict.fromkeys(problem for found in pairs for problem in found))

@@ -8,7 +8,7 @@ across several tokens: what could still become one is held back until it has, or
 from collections.abc import Sequence
 
 REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are no UTF-8, and for a character that is still incomplete
-CONTEXT = 8  # tokens that are decoded again with each new one: more than any decoder of ours looks back
+CONTEXT = 16  # tokens that are decoded again with each new one, at least: four characters of four bytes each
 
 
 class TextStream:
@@ -103,8 +103,8 @@ def beginning_of_a_stop(text: str, stop: Sequence[str]) -> int:
     return 0
 
 
-def check_stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """The stop strings as a tuple; one alone may be given as it is.
+def check_stop_strings(stop) -> tuple[str, ...]:
+    """The stop strings as a tuple; one alone may be given as it is. Of no type, since it is what looks at the types.
 
     Raises:
         TypeError: what is no text. ValueError: an empty text, which would end every text before it begins.

@@ -2,17 +2,20 @@
 
 Each format is a table; an entry is the whole name of a tensor, or the stem of a weight and its bias. What a format
 cannot express is converted exactly or refused by name; nothing is ignored in silence. A model with `norm`, `mlp` or
-`positions` of its own is no GPT-2 in anybody's format: its folder is in ours. `GPT2Model/pretrained.py` does the files.
+`positions` of its own is no GPT-2 in anybody's format: its folder is in ours. What others' configs say is in
+`GPT2Model/foreign_configs.py`; `GPT2Model/pretrained.py` does the files.
 """
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from GPT2Model.config import KEYS, complete
+from GPT2Model.config import KEYS
+from GPT2Model.grouping import grouped
+from GPT2Model.stored_tensors import StoredTensor
 
 # Hugging Face stores the four projections of a block as (in, out): torch's Linear is (out, in).
 HUGGING_FACE = {
@@ -45,36 +48,14 @@ LLMS_FROM_SCRATCH = {
     "trf_blocks.{i}.att.out_proj": "blocks.{i}.attention.out_proj",
     "trf_blocks.{i}.ff.layers.0": "blocks.{i}.feed_forward.up_proj",
     "trf_blocks.{i}.ff.layers.2": "blocks.{i}.feed_forward.down_proj",
+    "trf_blocks.{i}.att.qkv": "blocks.{i}.attention.W_qkv",  # from here: the names of its GPTModelFast
+    "trf_blocks.{i}.att.proj": "blocks.{i}.attention.out_proj",
+    "trf_blocks.{i}.norm1": "blocks.{i}.norm_1",
+    "trf_blocks.{i}.norm2": "blocks.{i}.norm_2",
+    "final_norm": "final_norm",
 }
 TRANSPOSED = ("W_qkv.weight", "out_proj.weight", "up_proj.weight", "down_proj.weight")
 
-# Fields of a Hugging Face config that change what GPT-2 computes, with the only value that ours computes.
-HF_FIXED = {
-    "model_type": "gpt2",
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-    "is_encoder_decoder": False,
-    "quantization_config": None,
-}
-HF_SIZES = {
-    "vocab_size": "vocab_size", "n_positions": "context_length", "n_embd": "emb_dim", "n_head": "n_heads",
-    "n_layer": "n_layers", "n_inner": "ff_dim", "tie_word_embeddings": "tie_weights", "initializer_range": "init_std",
-}  # fmt: skip
-HF_DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
-# Fields that change nothing about a forward pass of the language model, or only how transformers runs it.
-HF_HARMLESS = {
-    "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "n_ctx",
-    "bos_token_id", "eos_token_id", "pad_token_id", "task_specific_params", "summary_activation",
-    "cross_attention_hidden_size",
-    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "_name_or_path", "id2label",
-    "label2id", "chunk_size_feed_forward", "output_attentions", "output_hidden_states", "return_dict", "problem_type",
-    "reorder_and_upcast_attn", "is_decoder", "gpt2_from_scratch_cfg", "_attn_implementation_autoset", "finetuning_task",
-}  # fmt: skip
-OUR_CFG = "gpt2_from_scratch_cfg"  # our own dict, kept in config.json beside Hugging Face's fields
-OUR_TYPE = "gpt2-from-scratch"  # the model_type of a folder that only this project opens
 SHAPING = (
     "vocab_size",
     "context_length",
@@ -89,42 +70,9 @@ SHAPING = (
     "mlp",
     "positions",
 )  # the keys that decide which weights there are
+MASKS = re.compile(r"\.attn\.(masked_)?bias$")  # old files store the causal mask as a "bias"
+Weight = Tensor | StoredTensor
 VARIANTS = ("norm", "mlp", "positions")  # the keys that Hugging Face's GPT-2 cannot express, unless they are its own
-
-
-def cfg_of(config: dict, changes: Mapping, where: Path) -> dict:
-    """Our cfg dict from a Hugging Face config.
-
-    Raises:
-        ValueError: every field whose value we cannot honour, by name.
-    """
-    if config.get("model_type") == OUR_TYPE:
-        return own_cfg(config, where)
-    problems = [
-        f"{field} = {config[field]!r}, where only {value!r} is computed here"
-        for field, value in HF_FIXED.items()
-        if field in config and config[field] != value
-    ]
-    if "model_type" not in config:
-        problems.append("model_type is missing, where 'gpt2' was expected")
-    known = {*HF_FIXED, *HF_SIZES, *HF_DROPOUTS, *HF_HARMLESS}
-    problems += [
-        f"{field} = {value!r} is unknown here" for field, value in config.items() if field not in known and value
-    ]
-    rates = {config.get(field, 0.1) for field in HF_DROPOUTS}  # GPT2Config's own default
-    if len(rates) > 1 and "drop_rate" not in changes:
-        problems.append(
-            f"{', '.join(HF_DROPOUTS)} differ, and there is one drop_rate here: pass cfg={{'drop_rate': ...}}"
-        )
-    if problems:
-        raise ValueError(f"{where} cannot be honoured:\n" + "\n".join(f"  - {problem}" for problem in problems))
-    if OUR_CFG in config:
-        return complete(config[OUR_CFG])
-    # GPT2Config's own
-    defaults = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}
-    defaults |= {"initializer_range": 0.02, "tie_word_embeddings": True}
-    sizes = {ours: config.get(theirs, defaults.get(theirs)) for theirs, ours in HF_SIZES.items()}
-    return {**sizes, "drop_rate": max(rates), "qkv_bias": True}
 
 
 def unlike_gpt2(cfg: Mapping) -> list[str]:
@@ -160,49 +108,67 @@ def unlike_stored(stored: Mapping, changes: Mapping) -> list[str]:
     ]
 
 
-def own_config(cfg: Mapping) -> dict:
-    """The config.json of a folder that only this project opens.
-
-    transformers refuses its model_type, except where somebody names a class of its own: GPT2LMHeadModel would go on,
-    with weights that are not there drawn at random. So a field that it must read says in words that it cannot.
-    """
-    reason = f"this is no GPT-2: {'; '.join(unlike_gpt2(cfg))}. Open it with GPTModel.from_pretrained(FOLDER)"
-    return {"architectures": ["GPTModel"], "model_type": OUR_TYPE, "n_layer": reason, OUR_CFG: dict(cfg)}
-
-
-def own_cfg(config: dict, where: Path) -> dict:
-    """The cfg dict out of such a config.
+def our_names(weights: Mapping[str, Weight], where: str) -> dict[str, Weight]:
+    """The same weights under our names and in our layout; tensors, or stored ones, of which none is read.
 
     Raises:
-        ValueError: it holds none, a wrong one, or fields that we would have to ignore.
+        ValueError: names of none of the known projects.
     """
-    foreign = sorted(config.keys() - {"architectures", "model_type", "n_layer", OUR_CFG})
-    if foreign or not isinstance(config.get(OUR_CFG), Mapping):
-        found = f"unknown here: {', '.join(foreign)}" if foreign else f"{OUR_CFG} is missing"
-        raise ValueError(f"{where} cannot be honoured: {found}. Copy it anew from where save_pretrained() wrote it.")
-    return complete(config[OUR_CFG])
-
-
-def our_names(weights: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The same weights under our names and in our layout."""
     if "token_embedding.weight" in weights:
-        return dict(weights)
+        return fuse_separate(dict(weights))
     if "tok_emb.weight" in weights:
-        return {translate(name, LLMS_FROM_SCRATCH): value for name, value in weights.items()}
-    if "wte.weight" in weights:  # OpenAI's own files on the hub lack the prefix
-        weights = {
-            name if name.startswith("lm_head") else f"transformer.{name}": value for name, value in weights.items()
-        }
+        return fuse_separate({translate(name, LLMS_FROM_SCRATCH): value for name, value in weights.items()})
+    weights = with_prefix(weights)
     if "transformer.wte.weight" not in weights:
         known = "Hugging Face's GPT-2, LLMs-from-scratch, nanoGPT, or this project's"
         raise ValueError(f"{where} is none of {known}: its first names are {', '.join(list(weights)[:4])}.")
-    masks = re.compile(r"\.attn\.(masked_)?bias$")  # old files store the causal mask as a "bias"
-    renamed = {translate(name, HUGGING_FACE): value for name, value in weights.items() if not masks.search(name)}
-    first = renamed.get("blocks.0.attention.W_qkv.weight")
-    stored_in_out = first is not None and first.ndim == 2 and first.shape[1] == 3 * first.shape[0]  # nanoGPT: (out, in)
-    if not stored_in_out:
-        return renamed
-    return {name: value.T.contiguous() if name.endswith(TRANSPOSED) else value for name, value in renamed.items()}
+    turned = not stored_out_in(weights)
+    renamed = {translate(name, HUGGING_FACE): value for name, value in weights.items() if not MASKS.search(name)}
+    return {
+        name: value.T if turned and value.ndim == 2 and name.endswith(TRANSPOSED) else value
+        for name, value in renamed.items()
+    }
+
+
+def with_prefix(weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """Hugging Face's names with the prefix that OpenAI's own files on the hub, and a bare GPT2Model, lack."""
+    if "wte.weight" not in weights:
+        return dict(weights)
+    bare = re.compile(r"(wte|wpe|h|ln_f)\.")
+    return {f"transformer.{name}" if bare.match(name) else name: value for name, value in weights.items()}
+
+
+def stored_out_in(weights: Mapping[str, Weight]) -> bool:
+    """Whether the projections are (out, in), as torch's Linear has them: nanoGPT's are, Hugging Face's are not."""
+    projections = [value for name, value in weights.items() if name.endswith(".attn.c_attn.weight") and value.ndim == 2]
+    return any(projection.shape[0] == 3 * projection.shape[1] for projection in projections)
+
+
+def without_biases(weights: Mapping[str, Weight]) -> bool:
+    """Whether this is a nanoGPT of `bias=False`: it has no bias anywhere, in its LayerNorms neither."""
+    return stored_out_in(weights) and not any(name.endswith(".bias") and not MASKS.search(name) for name in weights)
+
+
+def fuse_separate(weights: dict[str, Weight]) -> dict[str, Weight]:
+    """W_query, W_key and W_value stacked into W_qkv, and a stored causal mask left out."""
+    for name in list(weights):
+        stem, separate, kind = name.rpartition(".W_query.")
+        parts = [weights.get(f"{stem}.{projection}.{kind}") for projection in ("W_query", "W_key", "W_value")]
+        if separate and None not in parts and len({part.shape[1:] for part in parts}) == 1:
+            for projection in ("W_query", "W_key", "W_value"):
+                del weights[f"{stem}.{projection}.{kind}"]
+            weights[f"{stem}.W_qkv.{kind}"] = stacked(parts)
+        elif name.endswith(".attention.mask"):
+            del weights[name]
+    return weights
+
+
+def stacked(parts: list[Weight]) -> Weight:
+    """Rows of the parts, one after the other."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    return replace(parts[0], shape=shape, read=lambda: torch.cat([part.read() for part in parts]))
 
 
 def translate(name: str, table: dict[str, str]) -> str:
@@ -216,32 +182,51 @@ def translate(name: str, table: dict[str, str]) -> str:
     return f"{table[stem]}.{kind}".replace("{i}", index) if stem in table else name
 
 
-def fit_heads(weights: dict[str, Tensor], cfg: dict) -> None:
-    """Undo what `save` did for Hugging Face: take biases of zero out, and repeated key-value heads back."""
-    groups = cfg["n_heads"] // (cfg["n_kv_heads"] or cfg["n_heads"])
+def fit_heads(weights: dict[str, Weight], cfg: dict) -> list[str]:
+    """Undo what `save` did for Hugging Face: take biases of zero out, and repeated key-value heads back.
+
+    Returns:
+        a sentence for each weight whose key-value heads differ, where cfg says that they are repeated.
+    """
+    groups, different = cfg["n_heads"] // (cfg["n_kv_heads"] or cfg["n_heads"]), []
     for i in range(cfg["n_layers"]):
         stem = f"blocks.{i}.attention.W_qkv"
-        bias, weight = weights.get(f"{stem}.bias"), weights.get(f"{stem}.weight")
-        if not cfg["qkv_bias"] and bias is not None and not bias.any():
+        bias = weights.get(f"{stem}.bias")
+        if not cfg["qkv_bias"] and bias is not None and not in_memory(bias).any():
             del weights[f"{stem}.bias"]
-        if groups > 1 and weight is not None and weight.shape[0] == 3 * cfg["emb_dim"]:
-            for name in (f"{stem}.weight", f"{stem}.bias"):
-                if name in weights:
-                    weights[name] = ungroup(weights[name], cfg, name)
+        for name in (f"{stem}.weight", f"{stem}.bias") if groups > 1 else ():
+            if name in weights and weights[name].shape[:1] == (3 * cfg["emb_dim"],):
+                once = ungroup(rows := in_memory(weights[name]), cfg)
+                if torch.equal(regroup(once, cfg), rows):
+                    weights[name] = once
+                else:
+                    different.append(name)
+    phrase = f"has {cfg['n_heads']} different key-value heads, and cfg says n_kv_heads={cfg['n_kv_heads']}"
+    return grouped((name, f"{phrase}: leave it out of cfg, or say None.") for name in different)
 
 
-def ungroup(rows: Tensor, cfg: dict, name: str) -> Tensor:
+def zero_biases(weights: Mapping[str, Weight], cfg: dict) -> dict[str, StoredTensor]:
+    """Biases of zero for every LayerNorm and projection of a model that has none."""
+    biased = ("norm_1", "norm_2", "final_norm", "out_proj", "up_proj", "down_proj", *["W_qkv"] * cfg["qkv_bias"])
+    biases = {}
+    for name, weight in weights.items():
+        stem, _, kind = name.rpartition(".")
+        if kind == "weight" and stem.rpartition(".")[2] in biased:
+            zeros = torch.zeros(weight.shape[:1], dtype=weight.dtype)
+            biases[f"{stem}.bias"] = StoredTensor.of(zeros)
+    return biases
+
+
+def in_memory(weight: Weight) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight.read()
+
+
+def ungroup(rows: Tensor, cfg: dict) -> Tensor:
     """Rows (3 * emb_dim, ...) with repeated key-value heads -> each of them once."""
     queries, keys, values = rows.chunk(3)
     groups = cfg["n_heads"] // cfg["n_kv_heads"]
     once = [part.unflatten(0, (cfg["n_kv_heads"], groups, -1))[:, 0].flatten(0, 1) for part in (keys, values)]
-    whole = torch.cat([queries, *once])
-    if not torch.equal(regroup(whole, cfg), rows):
-        raise ValueError(
-            f"{name} has {cfg['n_heads']} different key-value heads, and cfg says n_kv_heads={cfg['n_kv_heads']}: "
-            "leave it out of cfg, or say None."
-        )
-    return whole
+    return torch.cat([queries, *once])
 
 
 def regroup(rows: Tensor, cfg: dict) -> Tensor:

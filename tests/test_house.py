@@ -10,7 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {"CMHA": 1, "TransformerBlock": 2, "GPT2Model": 3, "orchestrator": 4, "tests": 5}
 # Inside CMHA the arrows run one way too.
 CMHA_STOREYS = {
-    **dict.fromkeys(("masks", "mask_pictures", "rotary", "request", "packages", "dropout", "kv_cache", "paged_kv_cache", "tap"), 0),
+    **dict.fromkeys(
+        ("masks", "mask_pictures", "rotary", "request", "packages", "dropout", "kv_cache", "paged_kv_cache", "tap"), 0
+    ),
     **{"implementations": 1, "choosing": 2, "cmha": 3, "adaptive": 3, "transformers_masks": 1, "with_transformers": 3},
 }
 READING_PATH = (
@@ -212,7 +214,8 @@ def test_what_the_packages_import_is_in_requirements_txt():
 
 def test_what_is_an_extra_is_imported_where_it_is_asked_for_and_never_at_the_top_of_a_file():
     extra = {"huggingface_hub", "pyarrow", "tensorboard", "datasets", "wandb", "triton", "transformers"}
-    asked_for_by_another_file = {"CMHA/implementations/flash_triton_kernels.py"}
+    kernels = ("flash_triton_kernels.py", "paged_triton_kernels.py")
+    asked_for_by_another_file = {f"CMHA/implementations/{name}" for name in kernels}
     for path in sources():
         if path.relative_to(ROOT).as_posix() in asked_for_by_another_file:
             continue

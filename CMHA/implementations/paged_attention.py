@@ -33,8 +33,8 @@ READERS = {
     "plain": paged_plain,
     "flex": paged_flex,
 }
-# What is tried where none is named. On a CPU the kernels would run in Triton's interpreter, for tests only. flex is left
-# out: see paged_flex.py.
+# What is tried where none is named. On a CPU the kernels would run in Triton's interpreter, for tests only; flex is
+# left out for what paged_flex.py says.
 ON_CUDA, ELSEWHERE = ("flash_attention_2", "triton", "plain"), ("plain",)
 _named: ContextVar[str | None] = ContextVar("the reader of pages that read_with names", default=None)
 

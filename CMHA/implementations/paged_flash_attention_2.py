@@ -1,8 +1,8 @@
 """Pages read by FlashAttention-2 from the package flash-attn, which takes a block table itself.
 
 Two of its functions: `flash_attn_with_kvcache` for the sequences that write, one query each, where it splits long keys
-among programs; `flash_attn_varlen_func` for those that read their prompt, packed end to end as ours are. Its blocks hold
-multiples of 256 tokens.
+among programs; `flash_attn_varlen_func` for those that read their prompt, packed end to end as ours are. Its blocks
+hold multiples of 256 tokens.
 Source: flash-attention 2.8.4, `flash_attn/flash_attn_interface.py` and `csrc/flash_attn/flash_api.cpp`.
 """
 
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from CMHA.implementations import flash_attention_2, flash_package
-from CMHA.paged_kv_cache import Pages, PagedMask
+from CMHA.paged_kv_cache import PagedMask, Pages
 from CMHA.request import AttentionRequest, Reason
 
 SUMMARY = "the package flash-attn: CUDA (Ampere or later), fp16 and bf16, blocks of 256 tokens"

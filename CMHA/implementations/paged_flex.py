@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from CMHA.implementations import flex_attention
 from CMHA.implementations.flex_attention import TABLE_COLUMNS, TABLE_ROWS
-from CMHA.paged_kv_cache import Pages, PagedMask
+from CMHA.paged_kv_cache import PagedMask, Pages
 from CMHA.request import AttentionRequest, Reason
 
 SUMMARY = "PyTorch's FlexAttention over the whole pool, compiled; when named"

@@ -6,13 +6,14 @@ Source: Kwon et al., 2023, section 4.1 and equation 4.
 """
 
 from collections.abc import Iterable
+from types import ModuleType
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from CMHA.implementations import eager, sdpa
-from CMHA.paged_kv_cache import Pages, PagedSequence
+from CMHA.paged_kv_cache import PagedSequence, Pages
 from CMHA.request import AttentionRequest, Reason
 
 SUMMARY = "each sequence's blocks gathered, then torch's fused op; every device"
@@ -49,15 +50,20 @@ def read_into(
     dropout: float = 0.0,
 ) -> None:
     """The same for some of the sequences: their rows of `context` are written."""
-    once_gathered = eager if queries.device.type == "mps" else sdpa  # sdpa gave NaN there: see its check
-    for sequence in sequences:
+    attention = ordinary(queries.device.type).attention
+    for sequence in sequences:  # one at a time: what was gathered is still in the processor's cache when it is read
         own_keys, own_values = (gather(pool, sequence.table, sequence.mask.key_len) for pool in (keys, values))
         own = (queries[:, :, sequence.rows], own_keys, own_values, sequence.mask)
-        context[:, :, sequence.rows] = once_gathered.attention(*own, scale=scale, dropout=dropout)[0]
+        context[:, :, sequence.rows] = attention(*own, scale=scale, dropout=dropout)[0]
+
+
+def ordinary(device: str) -> ModuleType:
+    """What attends to keys in one piece: sdpa, and eager on MPS, where sdpa gave NaN (see its check)."""
+    return eager if device == "mps" else sdpa
 
 
 def gather(
-    pool: Float[Tensor, "blocks kv_heads block_size head_dim"], table: Int[Tensor, "held"], length: int
+    pool: Float[Tensor, "blocks kv_heads block_size head_dim"], table: Int[Tensor, " held"], length: int
 ) -> Float[Tensor, "1 kv_heads length head_dim"]:
     """The blocks that a table names, end to end, without what is not filled of the last."""
     blocks = pool.transpose(1, 2).index_select(0, table)  # (held, block_size, kv_heads, D)

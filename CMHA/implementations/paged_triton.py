@@ -14,14 +14,16 @@ from torch import Tensor
 
 from CMHA.implementations import flash_triton, paged_plain
 from CMHA.implementations.flash_triton import DTYPES, LOG2_E, interpreted, row_major
-from CMHA.paged_kv_cache import Pages, PagedMask, PagedPart
+from CMHA.paged_kv_cache import PagedMask, PagedPart, Pages
 from CMHA.request import AttentionRequest, Reason
 
 SUMMARY = "our Triton kernel for sequences that write (CUDA, any block size), plain for those that read"
 MAX_HEAD_DIM, MAX_GROUP = 256, 64  # what a program has registers for
 SPLIT = 256  # keys that one program takes; always the same, so that a sequence's numbers do not depend on the others
-BLOCK_K = 64  # keys in a tile
-NARROW = 2**15  # bytes of a tile of keys above which it is halved, so that keys and values fit an A100
+BLOCK_K = 64  # keys in a tile, at most
+# The most that keys in a tile * head_dim may be, so that a program's numbers find registers; in float32, whose products
+# are unrolled into single multiplications, half of it.
+ROOM = 2**11
 
 
 def reasons(request: AttentionRequest, pages: Pages) -> list[Reason]:
@@ -73,13 +75,13 @@ def decode(context: Tensor, part: PagedPart, queries: Tensor, keys: Tensor, valu
     maxima, sums = (queries.new_empty(room, dtype=torch.float32) for _ in range(2))
     width = max(16, 1 << (head_dim - 1).bit_length())
     q_steps, o_steps = queries.stride()[1:3], context.stride()[1:3]
-    kinds = {"HEAD_DIM": head_dim, "WIDTH": width, "SPLIT": SPLIT}
+    kinds, tile = {"HEAD_DIM": head_dim, "WIDTH": width, "SPLIT": SPLIT}, sizes(heads // kv_heads, width, queries.dtype)
     device = queries.device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernels.decode[sequences, kv_heads, splits](
             queries, keys, values, part.rows, part.lengths_there, part.tables, context, partial, maxima, sums,
             *q_steps, *keys.stride()[:3], *values.stride()[:3], *o_steps,
-            heads, splits, part.tables.shape[1], scale * LOG2_E, **kinds, **sizes(heads // kv_heads, width, queries),
+            heads, splits, part.tables.shape[1], scale * LOG2_E, **kinds, **tile,
             BLOCK_SIZE=block_size, ONE_SPLIT=splits == 1, WIDEN=interpreted() and queries.dtype == torch.bfloat16,
         )  # fmt: skip
         if splits > 1:
@@ -88,11 +90,13 @@ def decode(context: Tensor, part: PagedPart, queries: Tensor, keys: Tensor, valu
             )
 
 
-def sizes(group: int, width: int, queries: Tensor) -> dict[str, int]:
+def sizes(group: int, width: int, dtype: torch.dtype) -> dict[str, int]:
     """How many query heads and keys are in a tile. Powers of two, and 16 at least: so tensor cores want them."""
-    narrow = BLOCK_K * width * queries.element_size() > NARROW
+    room = ROOM // 2 if dtype == torch.float32 else ROOM
+    heads = max(16, 1 << (group - 1).bit_length())
     return {
         "GROUP": group,
-        "GROUP_TILE": max(16, 1 << (group - 1).bit_length()),
-        "BLOCK_K": BLOCK_K // 2 if narrow else BLOCK_K,
+        "GROUP_TILE": heads,
+        "BLOCK_K": max(16, min(BLOCK_K, room // width)),
+        "num_warps": 8 if heads * width > 2 * ROOM else 4,
     }

@@ -11,14 +11,18 @@ from orchestrator.commands import (
     doctor,
     estimate,
     experiment,
+    generate,
     mistakes,
     parity,
+    perplexity,
     prepare,
     train,
 )
 
 COMMANDS = {
     "train": train,
+    "generate": generate,
+    "perplexity": perplexity,
     "prepare": prepare,
     "estimate": estimate,
     "experiment": experiment,

@@ -6,46 +6,15 @@ take much of what is free is left out before it is made, and the formula is the 
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
+from GPT2Model.free_memory import free_memory
 from orchestrator.evaluation.cases import Case
 
 MOST = 0.5  # of the free memory: the formulas leave out what is small
-ASSUMED_FREE = 4 * 2**30  # bytes, where the system does not tell
 EAGER_TABLES = 3  # (B, H, T, T) alive at the worst moment: scores and two of weights; in backward a gradient for scores
 MASK_BYTES = {"eager": 2, "flex_attention": 10}  # for each of T x T pairs: bools; flex's rules compare in int64 too
-
-
-def free_memory(device: str = "cpu") -> int:
-    """Bytes that a process may still take on the device, as far as the system tells."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    if device == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    known = [free for free in (free_of_machine(), free_of_container()) if free is not None]
-    return min(known, default=ASSUMED_FREE)
-
-
-def free_of_machine() -> int | None:
-    """MemAvailable on Linux (free, or quickly freed); None elsewhere."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
-
-
-def free_of_container(folder: str = "/sys/fs/cgroup") -> int | None:
-    """What a container's limit leaves (cgroup v2); None where there is no limit."""
-    try:
-        limit, used = (int((Path(folder) / name).read_text()) for name in ("memory.max", "memory.current"))
-        words = (Path(folder) / "memory.stat").read_text().split()
-    except (OSError, ValueError):  # no such file; "max": no limit
-        return None
-    cached_files = int(words[words.index("inactive_file") + 1]) if "inactive_file" in words else 0  # quickly freed
-    return max(0, limit - used + cached_files)
 
 
 def too_large(name: str, case: Case, earlier: Sequence[tuple[int, int]] = ()) -> str | None:

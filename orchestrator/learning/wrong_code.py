@@ -297,7 +297,7 @@ def logits_from_first_position(next_logits):
 
 
 def sampling_without_softmax(right):
-    def wrong_probabilities(logits, temperature, *, top_k=None, top_p=None):
+    def wrong_probabilities(logits, temperature, *, top_k=None, top_p=None, min_p=None):
         return logits.float() / max(temperature, 1e-30)
 
     return wrong_probabilities

@@ -71,7 +71,6 @@ class BlockManager:
         prefix_sharing: whether `open` looks for blocks that are filled already. `fork` shares in any case.
         hash_function: (hash of the prefix before, tokens of the block) -> int. Any function gives the same sharing or
             less, never a wrong one; tests hand in a bad one.
-
     Raises:
         ValueError: sizes that are not positive.
     """
@@ -101,7 +100,6 @@ class BlockManager:
 
         The last token is never among them: the model must still run on it, since its logits choose the next token.
         Needs no free block, so it never fails for want of one.
-
         Raises:
             ValueError: no tokens.
         """
@@ -123,7 +121,6 @@ class BlockManager:
 
         Returns:
             What the engine must copy before it writes: the partly filled block, where another table holds it too.
-
         Raises:
             OutOfBlocks: too few free blocks; nothing has changed then.
             ValueError: a table that is not open, or a negative number.
@@ -148,7 +145,8 @@ class BlockManager:
     def commit(self, table: BlockTable, tokens: Sequence[int]) -> None:
         """Say that the keys and values of these tokens are written: blocks that they fill may be shared from now on.
 
-        Not sooner: who found a block between `reserve` and the write would read what is not there.
+        Not sooner: who found a block between `reserve` and the write would read what is not there. (Within one step it
+        is soon enough to say it when the step is planned, if all of its keys are written before any is read.)
 
         Raises:
             ValueError: a table that is not open, or more tokens than are reserved.
@@ -223,7 +221,6 @@ class BlockManager:
 
     def check(self) -> None:
         """Count everything again. For tests, and to find a mistake in what calls this.
-
         Raises:
             RuntimeError: with all that is inconsistent.
         """
@@ -244,7 +241,7 @@ class BlockManager:
                 wrong.append(f"{len(table.blocks)} blocks for {length} tokens and {table.reserved} reserved positions")
             if table.reserved and any(self._counts[block] != 1 for block in table.blocks[next_block:]):
                 wrong.append(f"a shared block is about to be written: one of {table.blocks[next_block:]}")
-            said = [self._prefixes[block].tokens for block in table.blocks[:next_block] if block in own]
+            said = [self._prefixes[block].tokens for block in table.blocks if block in own]
             if said != [tuple(table.tokens[i * size : (i + 1) * size]) for i in range(next_block)]:
                 wrong.append(f"the full blocks of {table.blocks} are said to hold {said}, not {table.tokens}")
         if wrong:

@@ -13,8 +13,8 @@ STATE_FILE = "state.json"  # of a checkpoint
 
 
 def save_final(model: GPTModel, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the weights as `save_pretrained` does, and what makes the tokenizer again."""
-    model.save_pretrained(folder)
+    """Write what `save_pretrained` writes, with the files of GPT-2's tokenizer, and what makes any tokenizer again."""
+    model.save_pretrained(folder, tokenizer if tokenizer.name == "gpt2" else None)
     replace_text(folder / TOKENIZER_FILE, json.dumps(tokenizer_facts(tokenizer), ensure_ascii=False, indent=1) + "\n")
 
 

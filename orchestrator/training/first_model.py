@@ -114,7 +114,8 @@ def write(model: GPTModel, corpus, seed: int, max_new_tokens: int = 60) -> str:
     """A short sample, on one line."""
     prompt = corpus.prompt().to(next(model.parameters()).device)
     end = corpus.tokenizer.end_of_text
-    ids = generate(model, prompt, max_new_tokens, 0.8, seed=seed, stop_tokens=end)[0].tolist()
+    settings = {"seed": seed, "stop_tokens": end, "past_context": "slide"}  # a nano model's context is short
+    ids = generate(model, prompt, max_new_tokens, 0.8, **settings)[0].tolist()
     new = ids[prompt.shape[1] :]
     text = corpus.tokenizer.decode(new[: new.index(end)] if end in new else new)
     opening = "" if isinstance(corpus, TalesCorpus) else f"[{corpus.tokenizer.decode(ids[: prompt.shape[1]])}]"

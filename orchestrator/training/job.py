@@ -269,7 +269,8 @@ def write(model: GPTModel, job: Job, new_tokens: int = 60) -> str:
     tokenizer = job.samples.tokenizer
     prompt = prompt_ids(job.options, job.samples)
     prompt = prompt[:, -(model.cfg["context_length"] // 2) :].to(job.device)
-    ids = generate(model, prompt, new_tokens, 0.8, seed=job.options.seed, stop_tokens=tokenizer.end_of_text)[0].tolist()
+    settings = {"seed": job.options.seed, "stop_tokens": tokenizer.end_of_text, "past_context": "slide"}
+    ids = generate(model, prompt, new_tokens, 0.8, **settings)[0].tolist()
     start_, new = ids[: prompt.shape[1]], ids[prompt.shape[1] :]
     new = new[: new.index(tokenizer.end_of_text)] if tokenizer.end_of_text in new else new
     return f"[{tokenizer.decode(start_)}]{tokenizer.decode(new)}"

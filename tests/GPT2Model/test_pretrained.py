@@ -5,15 +5,16 @@ import logging
 import os
 import pickle
 
-import huggingface_hub
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
-from GPT2Model import pretrained
-from GPT2Model.config import from_preset
+from GPT2Model import saved_form
 from GPT2Model.gpt2 import GPTModel
+from GPT2Model.tokenizer import get_tokenizer
+from GPT2Model.tokenizer_files import tokenizer_from_folder
+from orchestrator.text.tokenizers import make_tokenizer
 
 
 @pytest.fixture
@@ -126,11 +127,11 @@ def test_every_tensor_that_does_not_fit_is_named(build):
     [
         ({"vocab_size": 62}, "token_embedding.weight"),
         ({"context_length": 25}, "position_embedding.weight"),
-        ({"n_layers": 3}, "blocks.2.norm_1.weight is missing"),
-        ({"n_layers": 1}, "blocks.1.norm_1.weight is not part"),
-        ({"ff_dim": 100}, "blocks.1.feed_forward.up_proj.weight"),
-        ({"emb_dim": 60}, "and 24 more"),
-        ({"qkv_bias": False}, "blocks.0.attention.W_qkv.bias is not part"),
+        ({"n_layers": 3}, "block 2 is missing (12 tensors)"),
+        ({"n_layers": 1}, "block 1 is not part of this model, whose n_layers is 1 (12 tensors)"),
+        ({"ff_dim": 100}, "blocks 0 and 1: feed_forward.up_proj.weight has shape (120, 30), and (100, 30) was"),
+        ({"emb_dim": 60}, "final_norm.weight has shape (30,), and (60,) was expected"),
+        ({"qkv_bias": False}, "blocks 0 and 1: attention.W_qkv.bias is not part"),
         ({"tie_weights": False}, None),
         ({"n_kv_heads": 1}, "n_kv_heads=1"),
     ],
@@ -141,8 +142,6 @@ def test_a_cfg_that_does_not_fit_the_weights_is_refused_by_what_differs(changes,
     weights = model.state_dict()
     if named is None:  # a head stored under both names may be untied
         assert same_weights(GPTModel.from_pretrained(weights, {**model.cfg, **changes}), model)
-    elif changes == {"emb_dim": 60}:
-        assert "does not fit the cfg dict" in refused(weights, {**model.cfg, **changes})
     else:
         assert named in refused(weights, {**model.cfg, **changes})
 
@@ -163,34 +162,14 @@ def test_a_folder_with_something_missing_or_broken_says_what(folder, tmp_path):
     assert "has no config.json" in refused(folder, kind=FileNotFoundError)
     (folder / "config.json").write_text(config)
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    (folder / "model.safetensors.index.json").write_text("{}")
     message = refused(folder, kind=FileNotFoundError)
-    assert "no model.safetensors" in message
-    assert "split over several files" in message
+    assert "has none of model.safetensors, model.safetensors.index.json, pytorch_model.bin" in message
+    assert "it has config.json, model-00001-of-00002.safetensors. Weights that are split need their index" in message
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text("{}")
+    assert "merge_and_unload" in refused(folder, kind=FileNotFoundError)
     assert "no such folder or file" in refused(tmp_path / "nowhere" / "at all", kind=FileNotFoundError)
     assert "no such folder or file" in refused(tmp_path / "model.pth", kind=FileNotFoundError)
-
-
-def test_a_name_on_the_hub_without_a_network_says_what_to_do(monkeypatch):
-    asked = []
-
-    def unreachable(name, **_):
-        asked.append(name)
-        raise ConnectionError("no network in this test")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    for name in ("gpt2", "gpt2-xl", "somebody/their-gpt2"):
-        message = refused(name, kind=FileNotFoundError)
-        assert repr(name) in message
-        assert "local folder with config.json and model.safetensors" in message
-    assert asked == ["openai-community/gpt2", "openai-community/gpt2-xl", "somebody/their-gpt2"]
-    assert "without published weights" in refused("nano", kind=FileNotFoundError)
-    assert len(asked) == 3
-
-
-def test_a_name_on_the_hub_opens_the_folder_that_was_fetched(monkeypatch, folder, build):
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(folder))
-    assert same_weights(GPTModel.from_pretrained("gpt2"), build())
 
 
 # --- out ---------------------------------------------------------------------------------------------
@@ -248,7 +227,7 @@ def test_an_interrupted_save_leaves_the_old_model_whole_and_no_partial_files(fai
         raise error
 
     if fails == "model.safetensors":
-        monkeypatch.setattr(pretrained, "save_file", half_written)
+        monkeypatch.setattr(saved_form, "save_file", half_written)
     else:
         monkeypatch.setattr(type(folder), "write_text", half_a_text)
     with pytest.raises(type(error)):
@@ -263,13 +242,13 @@ def test_an_interrupted_save_leaves_the_old_model_whole_and_no_partial_files(fai
 def test_files_appear_under_their_names_only_when_they_are_whole(build, tmp_path, monkeypatch):
     """A reader never meets a half-written file: the weights go to another name first."""
     written = []
-    real = pretrained.save_file
+    real = saved_form.save_file
 
     def watch(weights, path, **options):
         written.append(os.path.basename(path))
         real(weights, path, **options)
 
-    monkeypatch.setattr(pretrained, "save_file", watch)
+    monkeypatch.setattr(saved_form, "save_file", watch)
     build().save_pretrained(tmp_path)
     assert len(written) == 1
     assert written[0] != "model.safetensors"
@@ -285,6 +264,64 @@ def test_config_json_tells_transformers_the_whole_shape(build, tmp_path):
     }  # fmt: skip
     assert {field: config[field] for field in expected} == expected
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+
+
+def spoken(build, **changes) -> GPTModel:
+    """A model with a vocabulary that GPT-2's tokenizer fits."""
+    return build(torch.float32, vocab_size=50257, emb_dim=10, n_layers=1, **changes)
+
+
+def test_a_model_saved_with_its_tokenizer_opens_whole_in_transformers_and_here(build, tmp_path):
+    model = spoken(build)
+    model.save_pretrained(tmp_path, get_tokenizer())
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
+        "special_tokens_map.json",
+    }  # fmt: skip
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "Grüße<|endoftext|>Hello, 世界 🙂"
+    ids = theirs(text, return_tensors="pt")["input_ids"]
+    assert theirs.model_max_length == 24
+    assert tokenizer_from_folder(tmp_path).encode(text) == get_tokenizer().encode(text) == ids[0].tolist()
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits
+    torch.testing.assert_close(GPTModel.from_pretrained(tmp_path)(ids), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("fails", ["vocab.json", "tokenizer.json", "config.json"])
+def test_a_save_that_breaks_at_a_tokenizer_file_leaves_the_old_folder_whole(fails, build, tmp_path, monkeypatch):
+    spoken(build).save_pretrained(tmp_path, get_tokenizer())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    real = type(tmp_path).write_text
+
+    def breaks(self, text, **options):
+        if f".{fails}." in self.name:
+            self.write_bytes(text[: len(text) // 2].encode())
+            raise OSError("disk full")
+        return real(self, text, **options)
+
+    monkeypatch.setattr(type(tmp_path), "write_text", breaks)
+    with pytest.raises(OSError, match=r"cannot write the model to .*disk full"):
+        spoken(build, seed=9).save_pretrained(tmp_path, get_tokenizer())
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_is_refused_before_anything_is_written(build, tmp_path):
+    with pytest.raises(ValueError, match="the tokenizer has 50257 tokens, and the model 61"):
+        build().save_pretrained(tmp_path / "model", get_tokenizer())
+    with pytest.raises(ValueError, match="the tokenizer 'tales' has no files of this kind"):
+        spoken(build).save_pretrained(tmp_path / "model", make_tokenizer("tales"))
+    assert not (tmp_path / "model").exists()
+    spoken(build).save_pretrained(tmp_path / "model", make_tokenizer("gpt2"))  # under the name that training gives it
+    assert tokenizer_from_folder(tmp_path / "model") is get_tokenizer()
+
+
+def test_a_quantised_model_is_not_saved_as_if_it_were_not(build, tmp_path):
+    model = build()
+    model.blocks[0].register_buffer("W_int8", torch.zeros(3, 3, dtype=torch.int8))
+    with pytest.raises(ValueError, match=r"this model has weights in torch\.int8, which no format here holds"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 # --- what is no GPT-2 --------------------------------------------------------------------------------
@@ -367,9 +404,11 @@ def test_everything_that_makes_a_folder_another_model_is_said_at_once_with_what_
         assert f"{key}={stored!r}, and cfg {changes[key]!r}" in message
     assert "leave them out of cfg" in message
     assert f"{folder / 'model.safetensors'} does not fit the cfg dict:" in message
-    assert "blocks.0.attention.W_qkv.weight has 5 different key-value heads, and cfg says n_kv_heads=1" in message
-    assert "blocks.0.feed_forward.gate_proj.weight is missing" in message
-    assert message.count("W_qkv") == 1
+    different = "has 5 different key-value heads, and cfg says n_kv_heads=1"
+    assert f"blocks 0 and 1: attention.W_qkv.weight {different}" in message
+    assert f"blocks 0 and 1: attention.W_qkv.bias {different}" in message
+    assert "blocks 0 and 1: feed_forward.gate_proj.weight is missing" in message
+    assert message.count("W_qkv") == 2  # their shapes are not named beside it
     both = refused(folder, {**changes, "n_heads": 3, "drop_rate": 0.5})
     assert all(f"{key}=" in both for key in ("n_heads", *changes))
     assert "drop_rate" not in both
@@ -404,8 +443,3 @@ def test_a_llama_is_refused_by_the_name_of_its_type(tmp_path):
     message = refused(tmp_path)
     assert "model_type = 'llama', where only 'gpt2' is computed here" in message
     assert "hidden_size = 32 is unknown here" in message
-
-
-def test_the_presets_of_openai_s_sizes_are_names_on_the_hub():
-    assert pretrained.hub_names() == ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
-    assert all(from_preset(name)["tie_weights"] for name in pretrained.hub_names())

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from GPT2Model.config import complete
+from GPT2Model.foreign_configs import cfg_of
 from GPT2Model.gpt2 import GPTModel
-from GPT2Model.weight_formats import cfg_of
 
 # --- LLMs-from-scratch -------------------------------------------------------------------------------
 
@@ -128,6 +128,27 @@ def test_a_model_of_the_book_gives_its_own_logits_here(way, dtype, book, book_cf
     torch.testing.assert_close(model(ids), book(ids), atol=1e-11 if dtype == torch.float64 else 2e-5, rtol=0)
 
 
+def test_the_book_s_fast_model_gives_its_own_logits_here(book, book_cfg, random_ids):
+    """The same network with torch's own layers: queries, keys and values are one projection, the norms have weights."""
+    weights = {}
+    for name, weight in book.state_dict().items():
+        if ".W_query." in name:
+            parts = [book.state_dict()[name.replace("W_query", kind)] for kind in ("W_query", "W_key", "W_value")]
+            weights[name.replace("W_query", "qkv")] = torch.cat(parts)
+        elif "W_key" not in name and "W_value" not in name and not name.endswith("mask"):
+            plain = name.replace("scale", "weight").replace("shift", "bias").replace("att.out_proj", "att.proj")
+            weights[plain] = weight
+    ids = random_ids(2, 24)
+    torch.testing.assert_close(GPTModel.from_pretrained(weights, book_cfg)(ids), book(ids), atol=2e-5, rtol=0)
+
+
+def test_separate_projections_that_do_not_fit_together_are_named(book, book_cfg):
+    weights = {**book.state_dict(), "trf_blocks.1.att.W_key.weight": torch.zeros(30, 31)}
+    with pytest.raises(ValueError, match=r"blocks\.1\.attention\.W_key\.weight is not part") as caught:
+        GPTModel.from_pretrained(weights, book_cfg)
+    assert "blocks.1.attention.W_qkv.weight is missing" in str(caught.value)
+
+
 def test_a_head_that_differs_is_never_tied_in_silence(book, book_cfg):
     with pytest.raises(ValueError, match="head that differs from its embedding, and cfg says tie_weights=True"):
         GPTModel.from_pretrained(book.state_dict(), {**book_cfg, "tie_weights": True})
@@ -143,7 +164,7 @@ def test_a_head_that_equals_the_embedding_is_tied(book, book_cfg, random_ids):
 
 
 def test_a_cfg_with_the_other_bias_is_refused(book, book_cfg):
-    with pytest.raises(ValueError, match=r"blocks\.0\.attention\.W_qkv\.bias"):
+    with pytest.raises(ValueError, match=r"blocks 0 to 2: attention\.W_qkv\.bias is"):
         GPTModel.from_pretrained(book.state_dict(), {**book_cfg, "qkv_bias": not book_cfg["qkv_bias"]})
 
 
@@ -213,6 +234,87 @@ def test_a_model_of_nanogpt_gives_its_own_logits_here(prefix, wrapped, tmp_path,
     assert model.cfg["tie_weights"] is True
     ids = random_ids(2, 24)
     torch.testing.assert_close(model(ids), nanogpt_logits(weights, ids), atol=1e-11, rtol=0)
+
+
+ARGS = {"n_layer": 2, "n_head": 5, "n_embd": 30, "block_size": 24, "vocab_size": 61, "dropout": 0.1, "bias": True}
+
+
+def checkpoint(weights, **changes) -> dict:
+    """What nanoGPT's train.py saves in ckpt.pt."""
+    return {
+        "model": weights, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-3}]},
+        "model_args": {**ARGS, **changes}, "iter_num": 5, "best_val_loss": torch.tensor(3.2),
+        "config": {"dataset": "shakespeare_char", "compile": True, "learning_rate": 1e-3},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["file", "folder", "in memory"])
+def test_a_checkpoint_of_nanogpt_brings_its_own_cfg(way, tmp_path, random_ids):
+    weights, ids = nanogpt_weights(), random_ids(2, 24)
+    source = checkpoint({f"_orig_mod.{name}": weight for name, weight in weights.items()})
+    if way != "in memory":
+        torch.save(source, tmp_path / "ckpt.pt")
+        source = tmp_path / "ckpt.pt" if way == "file" else tmp_path
+    model = GPTModel.from_pretrained(source)
+    sizes = {"vocab_size": 61, "context_length": 24, "emb_dim": 30, "n_heads": 5, "n_layers": 2, "drop_rate": 0.1}
+    assert model.cfg == complete(sizes)
+    torch.testing.assert_close(model(ids), nanogpt_logits(weights, ids), atol=1e-11, rtol=0)
+    assert GPTModel.from_pretrained(source, {"drop_rate": 0.0, "use_flash": False}).cfg["drop_rate"] == 0.0
+    with pytest.raises(ValueError, match=r"says n_heads=5, and cfg 3: leave it out of cfg"):
+        GPTModel.from_pretrained(source, {"n_heads": 3})
+    with pytest.raises(
+        ValueError, match=r"(?s)says context_length=24, and cfg 12: leave.*position_embedding\.weight has"
+    ):
+        GPTModel.from_pretrained(source, {"context_length": 12})
+
+
+@pytest.mark.parametrize("said", ["by model_args", "by cfg", "not at all"])
+def test_a_nanogpt_without_biases_opens_exactly_with_biases_of_zero(said, tmp_path, random_ids):
+    weights, ids = nanogpt_weights(), random_ids(2, 24)
+    zero = {n: torch.zeros_like(w) if n.endswith(".bias") and ".attn.bias" not in n else w for n, w in weights.items()}
+    bare = {name: w for name, w in weights.items() if not name.endswith(".bias") or ".attn.bias" in name}
+    source, cfg = (checkpoint(bare, bias=False), None) if said == "by model_args" else (bare, NANO)
+    if said == "by cfg":
+        cfg = {**NANO, "qkv_bias": False}
+    model = GPTModel.from_pretrained(source, cfg)
+    assert model.cfg["qkv_bias"] is (said == "not at all")
+    expected = nanogpt_logits(zero, ids)
+    torch.testing.assert_close(model(ids), expected, atol=1e-11, rtol=0)
+    model.save_pretrained(tmp_path)  # and goes out as a GPT-2 whose biases are zero
+    torch.testing.assert_close(GPTModel.from_pretrained(tmp_path)(ids), expected, atol=1e-11, rtol=0)
+    one = {**bare, "transformer.ln_f.bias": weights["transformer.ln_f.bias"]}  # some biases are no model of nanoGPT's
+    with pytest.raises(ValueError, match=r"blocks 0 and 1: norm_1\.bias is missing"):
+        GPTModel.from_pretrained(one, NANO)
+
+
+def test_biases_that_a_hugging_face_file_lacks_are_never_made_up():
+    weights = {name: weight.T if weight.ndim == 2 and ".h." in name else weight
+               for name, weight in nanogpt_weights().items() if not name.endswith(".bias")}  # fmt: skip
+    with pytest.raises(ValueError, match=r"blocks 0 and 1: norm_1\.bias is missing"):
+        GPTModel.from_pretrained(weights, NANO)
+
+
+def test_a_checkpoint_whose_model_args_are_not_whole_or_not_nanogpt_s_is_refused_by_name():
+    weights = nanogpt_weights()
+    with pytest.raises(ValueError, match=r"(?s)'vocab_size' is missing.*'emb_dim' is missing"):
+        GPTModel.from_pretrained({"model": weights, "model_args": {"n_layer": 2, "n_head": 5, "block_size": 24}})
+    with pytest.raises(ValueError, match="model_args: rotary = True is unknown here"):
+        GPTModel.from_pretrained(checkpoint(weights, rotary=True))
+
+
+def test_the_gelu_of_today_s_nanogpt_is_another_and_the_log_says_so(monkeypatch, caplog, random_ids):
+    """Through erf, since May 2023; no checkpoint says which. Here it is GPT-2's, through tanh."""
+    weights, ids = nanogpt_weights(), random_ids(2, 24)
+    model = GPTModel.from_pretrained(checkpoint(weights))
+    assert "has the layout of nanoGPT, which since May 2023 computes GELU through erf" in caplog.text
+    torch.testing.assert_close(model(ids), nanogpt_logits(weights, ids), atol=1e-11, rtol=0)
+    monkeypatch.setattr(F, "gelu", lambda x, approximate, exact=F.gelu: exact(x))
+    today = nanogpt_logits(weights, ids)
+    monkeypatch.undo()
+    assert 1e-5 < (today - model(ids)).abs().max() < 1e-3 * today.abs().max()
+    caplog.clear()
+    GPTModel.from_pretrained(model.state_dict(), model.cfg)
+    assert "nanoGPT" not in caplog.text
 
 
 @pytest.mark.parametrize("masks", [(), ("attn.bias",), ("attn.bias", "attn.masked_bias")], ids=str)

@@ -6,6 +6,7 @@
 import math
 import re
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from GPT2Model.config import from_preset
-from GPT2Model.generation import make_cache
+from GPT2Model.generation import generate, make_cache
 from GPT2Model.gpt2 import GPTModel
 from orchestrator.learning.trained import tales_model
 from orchestrator.text import tales
@@ -271,7 +272,8 @@ def test_past_the_context_the_cache_is_worthless(executed, read, tokenizer):
     keep[128, 0] = False  # the cache has let the oldest go; what the others took from it is still in them
     stale = read(ids, keep, [*range(128), 127])[0][-1]
     assert numbers("logits are wrong by NUMBER", text)[0] == pytest.approx(np.abs(stale - right[-1]).max(), abs=6e-4)
-    assert "from 120 to 140 tokens, cached and not, the same: True" in text
+    assert "a prompt of 120 tokens and 20 new ones are more than context_length=128" in one_line(text)
+    assert "sliding from 120 to 140 tokens, cached and not, the same: True" in text
 
 
 def test_a_batch_is_padded_on_the_left(executed, greedy, tokenizer):
@@ -332,15 +334,193 @@ def test_the_cache_in_bytes_and_one_seed_one_text(executed):
     assert "torch's own random state is untouched: True" in text
 
 
-def test_the_exercises_run(committed, tokenizer):
+PROMPTS = (
+    "One morning a kind girl named Ada and",
+    "One Friday a shy boy named Max",
+    "One Tuesday a brave boy named Adam and his",
+)
+STEP = re.compile(r"^step +(\d+) \| +(\d+) free \|(.*)$", re.MULTILINE)
+
+
+def steps(text: str) -> list[tuple[int, dict[str, tuple[list[int], int]], list[str]]]:
+    """(free blocks, {text: (its blocks, its tokens)}, those that wait) of every step that was printed, in order."""
+    found = []
+    for number, (step, free, rest) in enumerate(STEP.findall(text), start=1):
+        tables = {
+            name: ([int(block) for block in blocks.split(",")], int(tokens))
+            for name, blocks, tokens in re.findall(r"(text \w+): \[([\d, ]+)\] (\d+)", rest)
+        }
+        assert int(step) == number
+        found.append((int(free), tables, re.findall(r"(text \d+) waits", rest)))
+    return found
+
+
+def test_pages_waste_half_a_block_where_rows_waste_most(executed):
+    text = printed(executed, "set_aside = ").replace(",", "")
+    u = torch.rand(32, 2, generator=torch.Generator().manual_seed(0)).double().numpy()
+    lengths = np.rint(16 * 16**u).sum(axis=1).astype(int)
+    assert f"32 texts of {lengths.min()} to {lengths.max()} tokens {lengths.sum()} in all" in text
+    for size in (1024, 256, 64, 16, 4, 1):
+        blocks = sum((length + size - 1) // size for length in lengths)
+        slots, bytes_, filled, empty = numbers(
+            rf"blocks of +{size}: +NUMBER slots +NUMBER MB +NUMBER% filled; +NUMBER empty", text
+        )
+        assert slots == blocks * size
+        assert bytes_ == pytest.approx(slots * 12 * 2 * 768 * 4 / 1e6, abs=0.51)
+        assert filled == pytest.approx(100 * lengths.sum() / slots, abs=0.51)
+        assert empty == pytest.approx((slots - lengths.sum()) / 32, abs=0.051)
+    assert 5.5 < 32 * 1024 / lengths.sum() < 6.5  # "a sixth", and ...
+    assert round(32 * 1024 / sum(-(-lengths // 16) * 16)) == 6  # ... "six times as many texts"
+
+
+def test_attention_by_hand_over_scattered_blocks(executed, read, tokenizer):
+    text = printed(executed, "key_pool, value_pool")
+    table = [7, 2, 9, 4, 0, 5]
+    for t in (0, 6, 20):
+        entry, slot = divmod(t, 4)
+        assert f"token {t:>2}: entry {entry} of the table, so block {table[entry]}, slot {slot}" in text
+    by_hand, paged = numbers("by hand and in one piece: NUMBER apart; paged_attention and in one piece: NUMBER", text)
+    assert max(by_hand, paged) <= 16 * EPS
+    assert "slots with somebody's keys: 21 of 40" in text
+    ids = [tokenizer.end_of_text, *tokenizer.encode(tales.stories(1, seed=5)[0])][:21]
+    assert np.abs(read(ids)[1][1][1]).max() < 4  # what the tolerance takes the values to be
+
+
+def check_tables(shown, blocks: int, shared: bool = False) -> None:
+    """Every table is as long as its text asks for, nobody's block is another's, and what is free is counted."""
+    for free, tables, _ in shown:
+        held = [block for table, _ in tables.values() for block in table]
+        assert shared or len(set(held)) == len(held)
+        assert free == blocks - len(set(held))
+        assert all(len(table) == -(-tokens // 4) for table, tokens in tables.values())
+
+
+def test_the_engine_at_work_step_by_step(executed, greedy, tokenizer):
+    prompts = [[tokenizer.end_of_text, *tokenizer.encode(text)] for text in PROMPTS]
+    assert [len(ids) for ids in prompts] == [9, 8, 10]  # the prose
+    written = [greedy(ids, count) for ids, count in zip(prompts, (8, 14, 10), strict=True)]
+    text = printed(executed, "def step_and_show")
+    for i, ids in enumerate(written):
+        assert f"text {i}, as alone: {tokenizer.decode(ids)!r}" in text
+    shown = steps(text)
+    check_tables(shown, 10)
+    first, second, third = ([step for step, (_, tables, _) in enumerate(shown, start=1) if f"text {i}" in tables]
+                            for i in range(3))  # fmt: skip
+    assert first == [*range(1, 8)]  # done in step 8: the text's last word is never read
+    assert second == [*range(1, 14)]
+    assert third == [*range(9, 18)]  # a step after the first has ended, as the prose says
+    assert [step for step, (*_, waiting) in enumerate(shown, start=1) if waiting] == [4, 5, 6, 7, 8]
+    for i, here in enumerate((first, second, third)):
+        assert [shown[step - 1][1][f"text {i}"][1] for step in here] == [len(prompts[i]) + n for n in range(len(here))]
+    assert set(shown[8][1]["text 2"][0]) & set(shown[6][1]["text 0"][0])  # a block that came back
+    assert len(pictures(executed, "def step_and_show")) == 2
+
+
+def test_the_pages_by_hand_take_a_block_of_their_own_each_time(executed, tokenizer):
+    text = printed(executed, "read_so_far[i] = ")
+    lengths = [1 + len(tokenizer.encode(prompt)) for prompt in PROMPTS]
+    tables, given = [[], [], []], 0
+    for step in range(14):
+        for i, count in enumerate((8, 14, 10)):
+            while step < count and len(tables[i]) * 4 < lengths[i] + step:
+                tables[i].append(given)
+                given += 1
+    assert given == 15  # the prose
+    assert f"block tables at the end: {tables} - free blocks: 0" in text
+
+
+def test_a_common_beginning_is_read_and_held_once(executed, read, greedy, tokenizer):
+    text = printed(executed, "def shared_by_hand")
+    end = tokenizer.end_of_text
+    asked = [[end, *tokenizer.encode(f"{OPENING} {rest}")] for rest in ("a red drum to", "an orange bell to")]
+    other = [end, *tokenizer.encode("One Friday a"), *asked[0][4:]]
+    assert [len(ids) for ids in (*asked, other)] == [18, 18, 18]
+    assert [a == b for a, b in zip(*asked, strict=True)].index(False) == 14
+
+    beginnings = [{tuple(ids[:stop]) for stop in (4, 8, 12, 16, 18)} for ids in asked]  # what each block is the end of
+    found = 4 * len(beginnings[0] & beginnings[1])
+    for sharing, here in ((False, 0), (True, found)):
+        said = numbers(f"sharing {sharing}: NUMBER tokens read, NUMBER found, NUMBER blocks held", text)
+        assert said == [36 - here, here, 10 - here // 4]
+    assert len(beginnings[0] | beginnings[1]) == 7  # the prose: seven blocks
+    whole = [ids + greedy(ids, 6)[:-1] for ids in asked]  # the last word is never read
+    full = {tuple(ids[:stop]) for ids in whole for stop in range(4, len(ids) + 1, 4)}
+    assert f"both are done: 0 blocks held, {len(full)} can still be found" in text
+    assert "the first prompt again: 16 of 18 tokens found" in text
+    assert "another first sentence: 0 of 18 tokens found" in text
+
+    one, two = read(asked[0])[1], read(other)[1]  # the same words at places 4 to 13 ...
+    assert np.abs(one[0][:, 4:14] - two[0][:, 4:14]).max() < 1e-9  # ... have the same keys in the first layer ...
+    assert np.abs(one[1][:, 4:14] - two[1][:, 4:14]).max(axis=(0, 2)).min() > 1e-3  # ... and others above it
+
+
+def test_samples_of_one_prompt_copy_the_block_that_they_write_into(executed, read, tokenizer):
+    text = printed(executed, "last_keys = ")
+    prompt = [tokenizer.end_of_text, *tokenizer.encode(OPENING)]
+    assert len(prompt) == 14
+    written = []
+    for i in range(3):  # each draws from its own seed, from the chances that numpy gives
+        generator, ids = torch.Generator().manual_seed(i), list(prompt)
+        for _ in range(8):
+            chances = torch.tensor(softmax(read(ids)[0][-1]), dtype=torch.float32)
+            ids.append(int(torch.multinomial(chances, 1, generator=generator)))
+        written.append(ids[14:])
+        assert f"sample {i}, as alone with seed {i}: {tokenizer.decode(ids[14:])!r}" in text
+
+    first, second = steps(text)
+    check_tables((first, second), 12, shared=True)
+    assert [table for table, _ in first[1].values()] == [[0, 1, 2, 3]] * 3
+    assert "how many hold each block: {0: 3, 1: 3, 2: 3, 3: 3}" in text
+    assert [table[:3] for table, _ in second[1].values()] == [[0, 1, 2]] * 3
+    last = [table[3] for table, _ in second[1].values()]
+    assert len(set(last)) == 3
+    assert last[2] == 3  # the last of them keeps the old block
+    for slot, same in enumerate((["True"] * 2, ["True"] * 2, ["False"] * 2)):
+        assert re.search(rf"slot {slot} of their last blocks: .* equal to those of a: \[{', '.join(same)}\]", text)
+    words = [tokenizer.decode(ids[:1]) for ids in written]
+    assert f"slot 2 of their last blocks: {words}" in text
+    assert words[0] not in words[1:]
+    assert "copies: 2 - prompt tokens read: 14" in text
+    assert len(pictures(executed, "last_keys = ")) == 2
+
+
+def test_who_came_last_gives_way_and_no_text_changes(executed, greedy, tokenizer):
+    text = printed(executed, "lost, history, held")
+    prompts = [[tokenizer.end_of_text, *tokenizer.encode(prompt)] for prompt in PROMPTS]
+    needed = -(-(len(prompts[0]) + 40 - 1) // 4)
+    assert f"{len(prompts[0])} tokens of prompt and 40 new ones need {needed} blocks of 4 tokens" in text
+    assert sum(-(-(len(ids) + 14 - 1) // 4) for ids in prompts) == 18  # "together they need 18 blocks"
+    assert all(len(greedy(ids, 14)) == 14 for ids in prompts)  # none ends by itself: so the steps can be counted
+
+    shown = steps(text)
+    check_tables(shown, 10)
+    lost, sent_back = 0, []
+    for step, ((_, before, _), (_, after, waiting)) in enumerate(pairwise(shown), start=2):
+        for name in set(before) & set(waiting):
+            lost += before[name][1]
+            sent_back.append((name, step))
+            assert name == max(before)  # who came last
+        assert not set(after) & set(waiting)
+    assert sent_back == [("text 2", 5), ("text 1", 13)]  # the prose
+    said = numbers("NUMBER preemptions, NUMBER tokens lost: NUMBER read again, NUMBER found", text)
+    assert said[:2] == [2, lost]
+    assert said[2] + said[3] == lost
+    assert [tables["text 0"][1] for _, tables, _ in shown[:13]] == [len(prompts[0]) + n for n in range(13)]  # gets on
+    assert max(len(tables) for _, tables, _ in shown) * 128 == 384  # "up to 384 slots"
+    assert len(pictures(executed, "lost, history, held")) == 1
+
+
+def test_the_exercises_run(committed, ours, tokenizer):
     needs = ("%matplotlib inline", "truth = tales", "def chances_left", "by_chance = write", "def keys_and_values",
              "def read(")  # fmt: skip
     text = run_exercises(committed, needs)
     lines = text.splitlines()
     assert lines[0] == "tensor(5) tensor(4)"  # 0.5 + 0.25 + 0.125 < 0.9: the fourth is needed too
-    stories = re.findall(r"One [^<]*?(?=\nOne |\nlogits)", text)
-    assert len(stories) == 2
-    assert one_line(stories[0]) != one_line(stories[1])  # as the hint says: the rows share one generator
+    assert "the same story: False" in lines
+    start = torch.full((3, 1), tokenizer.end_of_text)
+    many = generate(ours[0], start, 30, 1.0, seed=2)
+    assert torch.equal(many[2], generate(ours[0], start[:1], 30, 1.0, seed=4)[0])  # the solution: 2 + 2
     moved, same = numbers("logits move by NUMBER; NUMBER of 20", text)
     assert 1e-6 < moved < 0.1
     assert same >= 18
+    assert lines[-1] == f"{[6, 7, 8, 9]} {[2 * 4 + 2, 2 * 4 + 3, 9 * 4, 9 * 4 + 1]}"

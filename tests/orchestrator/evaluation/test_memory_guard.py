@@ -10,7 +10,7 @@ from orchestrator.evaluation import memory_guard
 from orchestrator.evaluation.attention_bench import Bench, run_bench
 from orchestrator.evaluation.cases import Case
 from orchestrator.evaluation.memory import peak_tensor_bytes
-from orchestrator.evaluation.memory_guard import free_of_container, growth_exponent, inputs_too_large, too_large
+from orchestrator.evaluation.memory_guard import growth_exponent, inputs_too_large, too_large
 
 
 def test_the_formula_for_eagers_memory_is_what_eager_takes():
@@ -44,17 +44,6 @@ def test_the_growth_so_far_says_what_another_implementation_will_take(monkeypatc
     assert "T^2.0" in too_large("mine", case, quadratic)  # 480 at 400, if it goes on so
     assert too_large("mine", case, linear) is None
     assert too_large("mine", case, quadratic[:1]) is None
-
-
-def test_the_limit_of_a_container_counts_and_its_cached_files_do_not(tmp_path):
-    assert free_of_container(tmp_path) is None
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 400\nactive_file 100\ninactive_file 200\n")
-    assert free_of_container(tmp_path) == 500
-    (tmp_path / "memory.max").write_text("max\n")
-    assert free_of_container(tmp_path) is None
-    assert 2**20 < memory_guard.free_memory("cpu") < 2**50
 
 
 def test_the_exponent_between_two_points():

@@ -1,0 +1,223 @@
+"""A trained model continues your text, and shows it as it is written.
+
+    python -m orchestrator generate --model runs/tales --prompt "One morning"
+    python -m orchestrator generate --model gpt2 --prompt "The sea was" --temperature 0.7 --top_p 0.95 --seed 1
+    python -m orchestrator generate --model gpt2 --prompt "Once" --prompt "Twice" --n 3 --stop "." --json
+    python -m orchestrator generate --model gpt2-large --draft_model gpt2 --prompt "It is" --temperature 0
+    cat question.txt | python -m orchestrator generate --model gpt2 --prompt_file -
+    python -m orchestrator generate --model tales --interactive
+
+What is written stands on stdout, and nothing else; how long it took stands on stderr. Of several texts the first is
+shown as it grows, the others when they are complete. With --interactive you give a prompt at a time: Ctrl-C stops the
+answer, Ctrl-D or /quit ends the program, and /set temperature 0.5 changes a setting.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+from GPT2Model.completion import Completion
+from GPT2Model.text_generation import generate_text
+from orchestrator.interactive import converse
+from orchestrator.opened import DTYPE_NAMES, SOURCES, open_model, resolve_dtype
+from orchestrator.report import plain
+from orchestrator.training.precision import native_bf16
+from orchestrator.writing_clock import Clock
+from orchestrator.writing_settings import OPTIONS, WritingSettings, changed
+
+HELP = "a trained model continues a text, shown as it is written; also at a prompt of its own"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Numbers are read as text, so that everything that is wrong can be said at once."""
+    parser.add_argument("--model", default=None, metavar="MODEL", help=SOURCES)
+    parser.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="what to continue; may be given several times"
+    )
+    parser.add_argument(
+        "--prompt_file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a prompt from a UTF-8 file, without the line end at its end; - is stdin",
+    )
+    parser.add_argument("--interactive", action="store_true", help="ask for one prompt after the other")
+    for name, (_, metavar, text) in OPTIONS.items():
+        default = getattr(WritingSettings, name)
+        shown = "" if default is None else f" (default: {default})"
+        parser.add_argument(f"--{name}", default=None, metavar=metavar, help=text.replace("%", "%%") + shown)
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
+    parser.add_argument("--no_cache", action="store_true", help="read the whole text anew for each token: slow")
+    parser.add_argument(
+        "--attn_implementation", default=None, metavar="NAME", help="auto, eager, sdpa, paged_attention, ..."
+    )
+    parser.add_argument(
+        "--dtype", default="float32", metavar="NAME", help=f"{', '.join(DTYPE_NAMES)} (default: float32)"
+    )
+    parser.add_argument("--int8", action="store_true", help="the large matrices in 8 bits")
+    parser.add_argument("--draft_model", default=None, metavar="MODEL", help="a smaller model that guesses ahead")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto: the best here (default)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else, on stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    settings = read_settings(args)
+    prompts = read_prompts(args)
+    with contextlib.redirect_stdout(sys.stderr):  # a model that is trained first says so
+        model, tokenizer = opened(args)
+        draft = opened_draft(args, tokenizer)
+    if args.interactive:
+        return converse(model, tokenizer, settings, draft, first=prompts)
+    sampling = settings.sampling()
+    clock = Clock()
+    several = len(prompts) * settings.n > 1
+
+    def show(index: int, piece: str) -> None:
+        if index == 0 and not args.json:
+            print(piece, end="", flush=True)
+
+    if several and not args.json:
+        print(heading(0, prompts, settings.n), flush=True)
+    found = generate_text(
+        model, tokenizer, prompts, sampling=sampling, **settings.arguments(model, tokenizer, prompts), draft=draft,
+        on_text=show, on_token=clock.token,
+    )  # fmt: skip
+    clock.stop()
+    facts = clock.facts(found)
+    drawn = None if sampling.greedy else sampling.seed
+    if args.json:
+        completions = [as_data(one, prompts[i // settings.n], tokenizer) for i, one in enumerate(found)]
+        print(json.dumps(plain({"model": args.model, "seed": drawn, **facts, "completions": completions}), indent=1))
+    else:
+        show_rest(found, prompts, settings.n, tokenizer)
+    print(clock.line(found) + (f"; seed {drawn}" if drawn is not None else ""), file=sys.stderr)
+    return 0
+
+
+def read_settings(args: argparse.Namespace) -> WritingSettings:
+    """How to write.
+
+    Raises:
+        ValueError: everything that is wrong with the options, before a model is read.
+    """
+    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    problems = []
+    if args.model is None:
+        problems.append(f"--model is missing: {SOURCES}.")
+    if not args.prompt and not args.prompt_file and not args.interactive:
+        problems.append("there is no prompt: --prompt TEXT, --prompt_file FILE (- is stdin), or --interactive.")
+    if args.interactive and args.json:
+        problems.append("--json prints one object at the end, and --interactive has no end: leave one of them out.")
+    if args.interactive and "-" in args.prompt_file:
+        problems.append("--interactive reads its prompts from stdin: leave out --prompt_file -.")
+    if args.draft_tokens is not None and args.draft_model is None:
+        problems.append("--draft_tokens is of a model that guesses ahead: name it with --draft_model, or leave it out.")
+    start = WritingSettings(stop=tuple(args.stop), use_cache=not args.no_cache)
+    settings, wrong = changed(start, given, draft=args.draft_model is not None)
+    problems += wrong
+    if problems:
+        listed = "\n".join(["these arguments are wrong:", *(f"  - {problem}" for problem in problems)])
+        raise ValueError(listed if problems[1:] else problems[0])
+    return settings
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """All prompts, those of files behind the others.
+
+    Raises:
+        FileNotFoundError, ValueError: a file that is not there, or not UTF-8.
+    """
+    found = list(args.prompt)
+    for name in args.prompt_file:
+        try:
+            text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise FileNotFoundError(f"--prompt_file {name}: there is no such file.") from None
+        except (UnicodeDecodeError, IsADirectoryError) as error:
+            raise ValueError(f"--prompt_file {name} is no UTF-8 text ({type(error).__name__}).") from error
+        found.append(text.removesuffix("\n"))
+    return found
+
+
+def opened(args: argparse.Namespace):
+    """The model and its tokenizer, and a word on what will be slow."""
+    dtype = resolve_dtype(args.dtype, args.device)
+    model, tokenizer = open_model(
+        args.model, device=args.device, dtype=dtype, int8=args.int8, attn_implementation=args.attn_implementation
+    )
+    device = model.token_embedding.weight.device
+    if dtype == "bfloat16" and not native_bf16(str(device)):
+        print(f"note: this {device.type} emulates bfloat16: --dtype float32 is faster here.", file=sys.stderr)
+    return model, tokenizer
+
+
+def opened_draft(args: argparse.Namespace, tokenizer):
+    """The model that guesses ahead; None: there is none.
+
+    Raises:
+        ValueError: it was trained with another tokenizer.
+    """
+    if args.draft_model is None:
+        return None
+    draft, own = open_model(args.draft_model, device=args.device, dtype=resolve_dtype(args.dtype, args.device))
+    if words(own) != words(tokenizer):
+        raise ValueError(
+            f"{args.draft_model} was trained with another tokenizer than {args.model}: its guesses would mean "
+            "something else. Take a draft with the same one."
+        )
+    return draft
+
+
+def words(tokenizer) -> list[str]:
+    """The text of every id."""
+    return [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+
+
+def heading(index: int, prompts: list[str], n: int) -> str:
+    """What stands above a text where there are several."""
+    prompt, sample = divmod(index, n)
+    of_prompt = f"prompt {prompt + 1} of {len(prompts)}" if len(prompts) > 1 else ""
+    of_sample = f"sample {sample + 1} of {n}" if n > 1 else ""
+    return f"--- {', '.join(filter(None, [of_prompt, of_sample]))}"
+
+
+def show_rest(found: list[Completion], prompts: list[str], n: int, tokenizer) -> None:
+    """The end of the first text's line, the other texts, and log-probabilities."""
+    for index, completion in enumerate(found):
+        if index:
+            print(heading(index, prompts, n))
+            print(completion.text, end="")
+        print()
+        for line in logprob_lines(completion, tokenizer):
+            print(line)
+
+
+def logprob_lines(completion: Completion, tokenizer) -> list[str]:
+    """A line for each token: its log-probability, and the likeliest ones."""
+    if completion.logprobs is None:
+        return []
+    lines = ["log-probabilities in nats, of the model's own distribution:"]
+    for token, noted in zip(completion.ids, completion.logprobs, strict=True):
+        top = "  ".join(f"{tokenizer.decode([other])!r} {value:.2f}" for other, value in noted.top.items())
+        lines.append(f"{noted.logprob:8.3f}  {tokenizer.decode([token])!r:16} {top}".rstrip())
+    return lines
+
+
+def as_data(completion: Completion, prompt: str, tokenizer) -> dict:
+    """A completion, JSON-ready."""
+
+    def of(token: int, logprob: float) -> dict:
+        return {"id": token, "token": tokenizer.decode([token]), "logprob": logprob}
+
+    logprobs = completion.logprobs
+    if logprobs is not None:
+        pairs = zip(completion.ids, logprobs, strict=True)
+        logprobs = [of(token, one.logprob) | {"top": [of(*pair) for pair in one.top.items()]} for token, one in pairs]
+    return {
+        "prompt": prompt, "prompt_ids": completion.prompt_ids, "ids": completion.ids, "text": completion.text,
+        "finish_reason": completion.finish_reason, "logprobs": logprobs,
+    }  # fmt: skip

@@ -1,0 +1,113 @@
+"""converse(): one prompt after the other, each answered as it is written. `generate --interactive` calls it.
+
+Each prompt stands alone: a model of this kind continues a text, and knows nothing of the ones before.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+
+from GPT2Model.text_generation import generate_text
+from orchestrator.writing_clock import Clock
+from orchestrator.writing_settings import OPTIONS, WritingSettings, changed
+
+HELP = """/set NAME VALUE   change a setting, as: /set temperature 0.5   (none: leave it open)
+/show             the settings
+/help             these lines
+/quit             end, as Ctrl-D does; Ctrl-C stops an answer
+//TEXT            a prompt that begins with /"""
+
+
+def converse(model, tokenizer, settings: WritingSettings, draft=None, first: Sequence[str] = ()) -> int:
+    """Read prompts from stdin until it ends, and write what the model makes of each to stdout.
+
+    Args:
+        model, tokenizer, draft: as `generate_text` takes them.
+        settings: to begin with.
+        first: prompts to answer before the first is asked for.
+    Returns:
+        the exit code, 0.
+    """
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
+    if sys.stdin.isatty():
+        with suppress(ImportError):
+            import readline  # noqa: F401  input() then has a history and can be edited
+        say("A prompt and Enter; /help says more, /quit or Ctrl-D ends.")
+    for line in lines(first):
+        try:
+            if line in ("/quit", "/exit"):
+                break
+            if line.startswith("/") and not line.startswith("//"):
+                settings = command(line, settings, draft is not None)
+            elif line.strip():
+                answer(model, tokenizer, line.removeprefix("/") if line.startswith("//") else line, settings, draft)
+        except KeyboardInterrupt:
+            print(flush=True)
+            say("stopped")
+        except (ValueError, TypeError) as error:  # of this prompt; the next may be better
+            say(f"error: {error}")
+    return 0
+
+
+def lines(first: Sequence[str]) -> Iterator[str]:
+    """The lines of stdin, without their ends. Ctrl-C while one is typed throws it away."""
+    yield from first
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print(flush=True)
+            say("/quit or Ctrl-D ends")
+
+
+def answer(model, tokenizer, prompt: str, settings: WritingSettings, draft) -> None:
+    """Write, and show it meanwhile; of several samples the first, and the others when they are complete."""
+    clock = Clock()
+
+    def show(index: int, piece: str) -> None:
+        if index == 0:
+            print(piece, end="", flush=True)
+
+    found = generate_text(
+        model, tokenizer, prompt, sampling=settings.sampling(), **settings.arguments(model, tokenizer, prompt),
+        draft=draft, on_text=show, on_token=clock.token,
+    )  # fmt: skip
+    clock.stop()
+    print(flush=True)
+    for number, completion in enumerate(found[1:], 2):
+        print(f"--- sample {number} of {settings.n}\n{completion.text}", flush=True)
+    say(clock.line(found))
+
+
+def command(line: str, settings: WritingSettings, draft: bool) -> WritingSettings:
+    """What a line that begins with / asks for; the settings, changed or not.
+
+    Raises:
+        ValueError: no such command, or a setting that makes no sense.
+    """
+    name, *words = line.split(maxsplit=2)
+    if name == "/set" and len(words) == 2:
+        settings, problems = changed(settings, {words[0]: words[1]}, draft)
+        if problems:
+            raise ValueError("\n".join(problems))
+        say(f"{words[0]} = {shown(settings, words[0])}")
+    elif name == "/show" and not words:
+        say("\n".join(f"{option} = {shown(settings, option)}" for option in OPTIONS))
+    elif name == "/help":
+        say(f"{HELP}\nSettings: {', '.join(OPTIONS)}.")
+    else:
+        raise ValueError(f"{line!r} is no command.\n{HELP}")
+    return settings
+
+
+def shown(settings: WritingSettings, option: str) -> object:
+    value = getattr(settings, option)
+    return "none" if value is None else value
+
+
+def say(text: str) -> None:
+    """To stderr: stdout holds what the model wrote."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,57 @@
+"""Clock: how fast a text was written. Reading the prompts and writing behind them are two speeds, told apart."""
+
+import time
+from collections.abc import Sequence
+
+from GPT2Model.completion import Completion
+
+
+class Clock:
+    """Runs from when it is made. `token` goes into `generate_text(on_token=...)`.
+
+    The first step reads the whole prompts and gives the first token of each text (prefill); every other step reads and
+    writes one token of each (decode).
+    """
+
+    def __init__(self):
+        self.started, self.first, self.ended = time.perf_counter(), None, None
+
+    def token(self, index: int, id: int) -> None:
+        """A token came."""
+        if self.first is None:
+            self.first = time.perf_counter()
+
+    def stop(self) -> None:
+        """The last token came."""
+        self.ended = time.perf_counter()
+
+    def facts(self, found: Sequence[Completion]) -> dict:
+        """Tokens and seconds of both parts, JSON-ready. Each sample reads its prompt for itself."""
+        read, new = (
+            sum(len(ids) for ids in part) for part in zip(*((c.prompt_ids, c.ids) for c in found), strict=True)
+        )
+        first = self.first or self.ended
+        prefill, decode = first - self.started, self.ended - first
+        later = max(0, new - len(found))
+        return {
+            "prompt_tokens": read, "new_tokens": new, "prefill_seconds": prefill, "decode_seconds": decode,
+            "prefill_tokens_per_second": speed(read, prefill), "decode_tokens_per_second": speed(later, decode),
+        }  # fmt: skip
+
+    def line(self, found: Sequence[Completion]) -> str:
+        """The same in a line."""
+        facts = self.facts(found)
+        parts = [f"{facts['prompt_tokens']} prompt tokens"]
+        if (fast := facts["prefill_tokens_per_second"]) is not None:
+            parts[0] += f" in {facts['prefill_seconds']:.2f} s ({fast:.1f} tokens/s)"
+        parts.append(f"{facts['new_tokens']} new tokens")
+        if (fast := facts["decode_tokens_per_second"]) is not None:
+            parts[1] += (
+                f", the first with the prompt, the others in {facts['decode_seconds']:.2f} s ({fast:.1f} tokens/s)"
+            )
+        return "; ".join(parts)
+
+
+def speed(tokens: int, seconds: float) -> float | None:
+    """Tokens per second; None where nothing was done."""
+    return tokens / seconds if tokens and seconds > 0 else None
