@@ -1,7 +1,7 @@
 """GPT-2's way of cutting text into tokens, for any vocabulary of its kind: those of fine-tunes and of other languages.
 
 Text is split into words, a word is UTF-8 bytes, each byte is written as one visible character (a space as "Ġ"), and
-then the pair of neighbours that comes first in the list of merges becomes one token, until no pair is in the list. tiktoken
+then the pair of neighbours that comes first in the list of merges becomes one token, until none is in it. tiktoken
 (`GPT2Model/tokenizer.py`) is faster, but knows the merges only by their results, which is the same for GPT-2's own
 vocabulary and not for every other.
 Source: Radford et al., 2019, section 2.2; Sennrich et al., 2016, algorithm 1.

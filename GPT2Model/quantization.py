@@ -21,7 +21,7 @@ UNTRAINABLE = (
 )
 UNSAVED = (
     "an int8 model has no state dict, and is not saved: save the model that it was made from, and quantise it again "
-    "when it is opened, with quantize_int8(GPTModel.from_pretrained(FOLDER)). That takes about a second."
+    "when it is opened, with quantize_int8(GPTModel.from_pretrained(FOLDER)). That takes seconds."
 )
 
 

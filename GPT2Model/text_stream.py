@@ -73,11 +73,12 @@ class TextStream:
         return rest + held
 
     def _forget(self, text: str) -> None:
-        """Drop old tokens from the window, unless the cut went through a character."""
+        """Drop old tokens from the window. A character that this cuts is one that was shown; the end stays the same."""
         window = self._window[-CONTEXT:]
         shorter = self._tokenizer.decode(window)
-        # Four characters are four bytes at least, so that an incomplete one at the end lies wholly behind the cut.
-        if len(shorter) >= 4 and text.endswith(shorter):
+        # Four characters are four bytes at least, so that an incomplete one at the end lies wholly behind the cut. (Of
+        # tokens without any text, more are needed.)
+        if len(shorter) >= 4:
             self._window, self._read = window, self._read - (len(text) - len(shorter))
 
     def _show(self, new: str) -> str:

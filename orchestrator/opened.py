@@ -64,7 +64,8 @@ def as_asked(
 ) -> GPTModel:
     """A model in this precision, on this device; arguments as `open_model`'s, resolved.
 
-    Weights are rounded to 8 bits from what they were, not from what the shorter dtype leaves of them.
+    The model itself is changed, unless int8 makes a copy. Weights are rounded to 8 bits from what they were, not from
+    what the shorter dtype leaves of them.
     """
     if attn_implementation is not None:
         model.set_attention(attn_implementation)

@@ -30,7 +30,7 @@ class Clock:
         read, new = (
             sum(len(ids) for ids in part) for part in zip(*((c.prompt_ids, c.ids) for c in found), strict=True)
         )
-        first = self.first or self.ended
+        first = self.started if self.first is None else self.first  # no token: nothing was read either
         prefill, decode = first - self.started, self.ended - first
         later = max(0, new - len(found))
         return {
@@ -41,15 +41,17 @@ class Clock:
     def line(self, found: Sequence[Completion]) -> str:
         """The same in a line."""
         facts = self.facts(found)
-        parts = [f"{facts['prompt_tokens']} prompt tokens"]
+        parts = [counted(facts["prompt_tokens"], "prompt token"), counted(facts["new_tokens"], "new token")]
         if (fast := facts["prefill_tokens_per_second"]) is not None:
             parts[0] += f" in {facts['prefill_seconds']:.2f} s ({fast:.1f} tokens/s)"
-        parts.append(f"{facts['new_tokens']} new tokens")
         if (fast := facts["decode_tokens_per_second"]) is not None:
-            parts[1] += (
-                f", the first with the prompt, the others in {facts['decode_seconds']:.2f} s ({fast:.1f} tokens/s)"
-            )
+            seconds = facts["decode_seconds"]
+            parts[1] += f", the first with the prompt, the others in {seconds:.2f} s ({fast:.1f} tokens/s)"
         return "; ".join(parts)
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def speed(tokens: int, seconds: float) -> float | None:

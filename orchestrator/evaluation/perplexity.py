@@ -114,7 +114,7 @@ def perplexity(
     device = next(model.parameters()).device
     slid = windows_of(documents or [len(ids)], stride, max_length)
     groups, costs = batches(slid, batch_size), []
-    with torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         for some in groups:
             costs += costs_of(model, ids, some, device)
             if tick is not None:
@@ -128,10 +128,11 @@ def perplexity(
         )
     predicted = sum(window.predicted for window in slid)
     contexts = sum(window.predicted * (window.first_target + window.end - 1 - 2 * window.begin) / 2 for window in slid)
+    least = max_length - stride if any(window.overlaps for window in slid) else 1
     return Perplexity(
         tokens=len(ids), predicted=predicted, nats=math.fsum(costs), max_length=max_length, stride=stride,
         windows=len(slid), tokens_read=sum(window.end - window.begin for window in slid),
-        least_context=max_length - stride if any(window.overlaps for window in slid) else 1, mean_context=contexts / predicted,
+        least_context=least, mean_context=contexts / predicted,
         by_transformers_loop=transformers(slid, costs), documents=len(documents or ()),
     )  # fmt: skip
 

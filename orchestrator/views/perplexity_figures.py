@@ -32,13 +32,13 @@ def perplexity_by_stride(rows: Sequence[dict], *, title: str, floor: float | Non
             left.plot(*zip(*of_it, strict=True), mark + "-", color=colour, label=name, markersize=5, alpha=0.85)
         read = {row["stride"]: row["tokens_read"] / row["tokens"] for row in rows}
         right.plot(strides, [read[stride] for stride in strides], "o-", color=BLUE, markersize=5)
-        right.set(xlabel="stride (tokens)", ylabel="tokens read / tokens of the text", title="what it costs")
+        right.set(xlabel="stride (tokens)", ylabel="tokens read / tokens of the text", title="what it costs to read")
         for axes in (left, right):
             axes.set_xscale("log")
             axes.set_xticks(strides, [str(stride) for stride in strides])
             axes.xaxis.set_minor_locator(NullLocator())
         right.set_ylim(bottom=0)
-        left.set(xlabel="stride (tokens)", ylabel="perplexity per token", title="more context, less doubt")
+        left.set(xlabel="stride (tokens)", ylabel="perplexity per token", title="what context is worth")
         left.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
     else:
         values = [row["perplexity"] for row in rows]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from CMHA.implementations.paged_attention import read_with
@@ -85,6 +85,7 @@ def test_prompts_read_in_pieces_beside_texts_that_write_have_the_logits_of_the_m
     assert pages.done == [24, 17, 9]
 
 
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_any_schedule_gives_the_logits_of_the_model(data, models, random_ids):
     model = models(data.draw(st.sampled_from(list(VARIANTS))))

@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -160,7 +164,7 @@ def test_an_old_torch_file_larger_than_memory_is_refused_before_it_is_read(build
     torch.save(build().state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert load(tmp_path / "old.pt", build().cfg).cfg == build().cfg
     monkeypatch.setattr(stored_tensors, "free_memory", lambda: (tmp_path / "old.pt").stat().st_size - 1)
-    with pytest.raises(ModelTooLargeError, match="nothing of it was read"):
+    with pytest.raises(ModelTooLargeError, match=r"nothing of it was read\. Pass a safetensors file"):
         load(tmp_path / "old.pt", build().cfg)
 
 
@@ -185,3 +189,13 @@ def test_opening_a_model_draws_no_random_numbers(build, tmp_path):
     before = torch.get_rng_state()
     GPTModel.from_pretrained(tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_opening_a_model_does_not_wake_the_compiler(build, tmp_path):
+    """Numbers drawn on a device without memory would: hundreds of modules, and two seconds at every start."""
+    build(torch.float32).save_pretrained(tmp_path)
+    program = f"from GPT2Model.pretrained import load; import sys; load({str(tmp_path)!r})"
+    program += "; print([name for name in ('torch._dynamo', 'torch._inductor') if name in sys.modules])"
+    here = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run([sys.executable, "-c", program], env=here, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr

@@ -95,6 +95,21 @@ def test_bytes_that_are_no_character_are_shown_with_the_next_one_or_at_the_end()
     assert stream.finish() == "\ufffd"
 
 
+def test_a_character_is_put_together_also_around_tokens_without_any_text():
+    class WithSilentTokens:
+        def decode(self, ids):
+            return BYTES.decode([id for id in ids if id != 300])
+
+    ids = [id for byte in "aé🙂".encode() for id in [byte] + 40 * [300]]
+    assert streamed(WithSilentTokens(), ids)[0] == "aé🙂"
+
+
+@settings(max_examples=60, deadline=None)
+@given(ids=st.lists(st.sampled_from([0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x99, 0x41]), min_size=30, max_size=120))
+def test_where_the_window_is_cut_shows_nowhere_also_in_broken_text(ids):
+    assert streamed(BYTES, ids)[0] == BYTES.decode(ids)
+
+
 def test_words_of_the_tales_get_their_space_with_the_word_behind_it():
     stream = TextStream(TALES)
     pieces = [stream.push(id) for id in TALES.encode("a brave girl. But")]

@@ -249,7 +249,7 @@ def test_any_list_of_merges_gives_the_ids_of_the_library(data):
 
 def test_a_word_of_a_hundred_thousand_letters_is_no_matter(own):
     ours, theirs = tokenizer_from_folder(own), transformers.AutoTokenizer.from_pretrained(own)
-    text = "abcde" * 20_000
+    text = "abcde" * 20_000  # steps of its square would take minutes
     assert ours.encode(text) == ids_of(theirs, text)
 
 

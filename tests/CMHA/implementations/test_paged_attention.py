@@ -196,8 +196,12 @@ def test_the_layers_of_a_pass_ask_once(monkeypatch):
     ((request, pages),) = asked
     assert pages == Pages(16, torch.float32)
     assert (request.device, request.dtype, request.head_dim, request.num_heads) == ("cpu", torch.float32, 16, 4)
-    paged_attention.attention(batch.queries.double(), *(pool.double() for pool in pools), mask, scale=1.0)
-    assert len(asked) == 2  # another dtype is another call
+    monkeypatch.setattr(paged_plain, "read", lambda queries, *others, **options: queries)
+    paged_attention.attention(batch.queries.bfloat16(), *pools, mask, scale=1.0)  # other dtypes are other calls
+    paged_attention.attention(batch.queries, *(pool.double() for pool in pools), mask, scale=1.0)
+    assert [(request.dtype, pages.dtype) for request, pages in asked[1:]] == [
+        (torch.bfloat16, torch.float32), (torch.float32, torch.float64),
+    ]  # fmt: skip
 
 
 # --- the registry's check ---------------------------------------------------------------------------------------
