@@ -41,32 +41,14 @@ class Sampling:
         return self.temperature == 0
 
     def problems(self) -> list[str]:
-        """Everything that makes no sense, one sentence each; empty: nothing. Settings of a wrong type come first."""
-        whole = {"top_k": self.top_k, "seed": self.seed}
-        optional = {"top_p": self.top_p, "min_p": self.min_p} | whole
-        numbers = {"temperature": self.temperature, "repetition_penalty": self.repetition_penalty}
-        wrong = [(name, value, "a number") for name, value in numbers.items() if not is_number(value)]
-        wrong += [(name, value, "a number or None") for name, value in optional.items() if value is not None]
-        wrong = [
-            (name, value, kind.replace("a number", "a whole number") if name in whole else kind)
-            for name, value, kind in wrong
-            if not is_number(value) or (name in whole and not isinstance(value, Integral))
+        """Everything that makes no sense, one sentence each; empty: nothing."""
+        settings = {name: getattr(self, name) for name in RULES}
+        found = [
+            f"{name} must be {rule}, got {value!r}."
+            for name, value in settings.items()
+            for rule, holds in [RULES[name]]
+            if not holds(value)
         ]
-        if wrong:
-            return [f"{name} must be {kind}, got {value!r}." for name, value, kind in wrong]
-        found = []
-        if not 0 <= self.temperature < float("inf"):
-            found.append(f"temperature must be 0 (greedy) or a positive number, got {self.temperature}.")
-        if self.top_k is not None and self.top_k < 1:
-            found.append(f"top_k must be 1 or more, or None, got {self.top_k}.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            found.append(f"top_p must be above 0 and at most 1, or None, got {self.top_p}.")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            found.append(f"min_p must be from 0 to 1, or None, got {self.min_p}.")
-        if not 0 < self.repetition_penalty < float("inf"):
-            found.append(f"repetition_penalty must be above 0 (1: none), got {self.repetition_penalty}.")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            found.append(f"seed must be from 0 to {2**63 - 1}, got {self.seed}.")
         unused = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
         if self.greedy and unused:
             found.append(
@@ -77,7 +59,22 @@ class Sampling:
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and value == value
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_whole(value: object) -> bool:
+    return is_number(value) and isinstance(value, Integral)
+
+
+# What each setting may hold. NaN is a number too, and no comparison with it is true.
+RULES = {
+    "temperature": ("0 (greedy) or a positive number", lambda v: is_number(v) and 0 <= v < float("inf")),
+    "top_k": ("a whole number, 1 or more, or None", lambda v: v is None or (is_whole(v) and v >= 1)),
+    "top_p": ("a number above 0 and at most 1, or None", lambda v: v is None or (is_number(v) and 0 < v <= 1)),
+    "min_p": ("a number from 0 to 1, or None", lambda v: v is None or (is_number(v) and 0 <= v <= 1)),
+    "repetition_penalty": ("a number above 0 (1: none)", lambda v: is_number(v) and 0 < v < float("inf")),
+    "seed": (f"a whole number from 0 to {2**63 - 1}, or None", lambda v: v is None or (is_whole(v) and 0 <= v < 2**63)),
+}
 
 
 class Sampler:
@@ -121,7 +118,8 @@ def penalised(logits: Tensor, history: Sequence[int] | Tensor, penalty: float) -
         return logits
     seen = torch.as_tensor(history, dtype=torch.int64, device=logits.device).unique()
     moved = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
-    return logits.scatter(0, seen, moved)
+    largest = torch.finfo(logits.dtype).max  # an extreme penalty would make logits infinite, and softmax NaN of them
+    return logits.scatter(0, seen, moved.clamp(-largest, largest))
 
 
 def sample(

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 from GPT2Model.text_generation import generate_text
 from orchestrator.writing_clock import Clock
+from orchestrator.writing_page import Page
 from orchestrator.writing_settings import OPTIONS, WritingSettings, changed
 
 HELP = """/set NAME VALUE   change a setting, as: /set temperature 0.5   (none: leave it open)
@@ -64,21 +65,14 @@ def lines(first: Sequence[str]) -> Iterator[str]:
 
 
 def answer(model, tokenizer, prompt: str, settings: WritingSettings, draft) -> None:
-    """Write, and show it meanwhile; of several samples the first, and the others when they are complete."""
-    clock = Clock()
-
-    def show(index: int, piece: str) -> None:
-        if index == 0:
-            print(piece, end="", flush=True)
-
+    """Write, and show it meanwhile."""
+    clock, page = Clock(), Page([prompt], settings.n, tokenizer)
     found = generate_text(
         model, tokenizer, prompt, sampling=settings.sampling(), **settings.arguments(model, tokenizer, prompt),
-        draft=draft, on_text=show, on_token=clock.token,
+        draft=draft, on_text=page.show, on_token=clock.token,
     )  # fmt: skip
     clock.stop()
-    print(flush=True)
-    for number, completion in enumerate(found[1:], 2):
-        print(f"--- sample {number} of {settings.n}\n{completion.text}", flush=True)
+    page.finish(found)
     say(clock.line(found))
 
 

@@ -18,13 +18,13 @@ import json
 import sys
 from pathlib import Path
 
-from GPT2Model.completion import Completion
 from GPT2Model.text_generation import generate_text
 from orchestrator.interactive import converse
 from orchestrator.opened import DTYPE_NAMES, SOURCES, open_model, resolve_dtype
 from orchestrator.report import plain
 from orchestrator.training.precision import native_bf16
 from orchestrator.writing_clock import Clock
+from orchestrator.writing_page import Page, as_data
 from orchestrator.writing_settings import OPTIONS, WritingSettings, changed
 
 HELP = "a trained model continues a text, shown as it is written; also at a prompt of its own"
@@ -74,26 +74,19 @@ def run(args: argparse.Namespace) -> int:
         return converse(model, tokenizer, settings, draft, first=prompts)
     sampling = settings.sampling()
     clock = Clock()
-    several = len(prompts) * settings.n > 1
-
-    def show(index: int, piece: str) -> None:
-        if index == 0 and not args.json:
-            print(piece, end="", flush=True)
-
-    if several and not args.json:
-        print(heading(0, prompts, settings.n), flush=True)
+    page = None if args.json else Page(prompts, settings.n, tokenizer)
     found = generate_text(
         model, tokenizer, prompts, sampling=sampling, **settings.arguments(model, tokenizer, prompts), draft=draft,
-        on_text=show, on_token=clock.token,
+        on_text=page and page.show, on_token=clock.token,
     )  # fmt: skip
     clock.stop()
-    facts = clock.facts(found)
     drawn = None if sampling.greedy else sampling.seed
-    if args.json:
+    if page is None:
         completions = [as_data(one, prompts[i // settings.n], tokenizer) for i, one in enumerate(found)]
-        print(json.dumps(plain({"model": args.model, "seed": drawn, **facts, "completions": completions}), indent=1))
+        facts = {"model": args.model, "seed": drawn, **clock.facts(found), "completions": completions}
+        print(json.dumps(plain(facts), indent=1))
     else:
-        show_rest(found, prompts, settings.n, tokenizer)
+        page.finish(found)
     print(clock.line(found) + (f"; seed {drawn}" if drawn is not None else ""), file=sys.stderr)
     return 0
 
@@ -175,49 +168,3 @@ def opened_draft(args: argparse.Namespace, tokenizer):
 def words(tokenizer) -> list[str]:
     """The text of every id."""
     return [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
-
-
-def heading(index: int, prompts: list[str], n: int) -> str:
-    """What stands above a text where there are several."""
-    prompt, sample = divmod(index, n)
-    of_prompt = f"prompt {prompt + 1} of {len(prompts)}" if len(prompts) > 1 else ""
-    of_sample = f"sample {sample + 1} of {n}" if n > 1 else ""
-    return f"--- {', '.join(filter(None, [of_prompt, of_sample]))}"
-
-
-def show_rest(found: list[Completion], prompts: list[str], n: int, tokenizer) -> None:
-    """The end of the first text's line, the other texts, and log-probabilities."""
-    for index, completion in enumerate(found):
-        if index:
-            print(heading(index, prompts, n))
-            print(completion.text, end="")
-        print()
-        for line in logprob_lines(completion, tokenizer):
-            print(line)
-
-
-def logprob_lines(completion: Completion, tokenizer) -> list[str]:
-    """A line for each token: its log-probability, and the likeliest ones."""
-    if completion.logprobs is None:
-        return []
-    lines = ["log-probabilities in nats, of the model's own distribution:"]
-    for token, noted in zip(completion.ids, completion.logprobs, strict=True):
-        top = "  ".join(f"{tokenizer.decode([other])!r} {value:.2f}" for other, value in noted.top.items())
-        lines.append(f"{noted.logprob:8.3f}  {tokenizer.decode([token])!r:16} {top}".rstrip())
-    return lines
-
-
-def as_data(completion: Completion, prompt: str, tokenizer) -> dict:
-    """A completion, JSON-ready."""
-
-    def of(token: int, logprob: float) -> dict:
-        return {"id": token, "token": tokenizer.decode([token]), "logprob": logprob}
-
-    logprobs = completion.logprobs
-    if logprobs is not None:
-        pairs = zip(completion.ids, logprobs, strict=True)
-        logprobs = [of(token, one.logprob) | {"top": [of(*pair) for pair in one.top.items()]} for token, one in pairs]
-    return {
-        "prompt": prompt, "prompt_ids": completion.prompt_ids, "ids": completion.ids, "text": completion.text,
-        "finish_reason": completion.finish_reason, "logprobs": logprobs,
-    }  # fmt: skip

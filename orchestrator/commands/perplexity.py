@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--documents",
         action="store_true",
-        help="read each document by itself, as split at <|endoftext|>, after that mark; always so for tales",
+        help="read each document by itself, as split at the end-of-text mark, after that mark; always so for tales",
     )
     parser.add_argument("--limit", default=None, metavar="N", help="read the first N tokens of the text only")
     parser.add_argument(

@@ -13,7 +13,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -138,7 +138,7 @@ class Engine:
         if stop_tokens is None:
             stop_tokens = getattr(self.tokenizer, "end_of_text", ())
         request = Request(
-            next(self._numbers), rows[0] if rows else [], max_new_tokens, sampling or Sampling(), n,
+            rows[0] if rows else [], max_new_tokens, sampling or Sampling(), n,
             (stop,) if isinstance(stop, str) else stop, as_set(stop_tokens), logprobs, on_token,
         )  # fmt: skip
         problems += problems_of_request(request, self.model, self.tokenizer, self.scheduler.max_running)
@@ -146,10 +146,11 @@ class Engine:
             problems = too_long(request, self.model.cfg["context_length"]) + self._never_fits(request)
         if problems:
             raise ValueError("the request cannot be taken:\n" + "\n".join(f"  - {problem}" for problem in problems))
-        with self._lock:
-            self._open[request.number] = []
-        self._inbox.append(("add", request))
-        return request.number
+        with self._lock:  # numbers are the order of arrival, so they enter the inbox in this order
+            number = next(self._numbers)
+            self._open[number] = []
+            self._inbox.append(("add", replace(request, number=number)))
+        return number
 
     def cancel(self, number: int) -> bool:
         """End a request at the next step, with what it has written so far; False: it is done already, or unknown."""

@@ -22,7 +22,7 @@ from orchestrator.text.tokenizers import CharTokenizer
 from orchestrator.training.final import open_trained, save_final
 from orchestrator.training.precision import native_bf16
 
-LETTERS = CharTokenizer("".join(sorted({*string.ascii_letters, *string.digits, *"; \n"})))
+LETTERS = CharTokenizer("".join(sorted({*string.ascii_letters, *string.digits, *";/ \n"})))
 CFG = {
     "vocab_size": LETTERS.vocab_size, "context_length": 48, "emb_dim": 30, "n_heads": 5, "n_layers": 2,
     "drop_rate": 0.1, "init_std": 0.6, "tie_weights": False,
@@ -174,6 +174,7 @@ WRONG = {
     "no model": (("--prompt", "a"), ["--model is missing: a run's folder"]),
     "no prompt": (("--model", "{run}"), ["there is no prompt"]),
     "unknown model": (("--model", "no/such/run", "--prompt", "a"), ["no/such/run"]),
+    "one of two is empty": (("--model", "{run}", "--prompt", "a", "--prompt", ""), ["prompt 2 of 2 is empty"]),
     "empty prompt": (("--model", "{run}", "--prompt", ""), ["the prompt is empty", "'<|endoftext|>'"]),
     "not its characters": (("--model", "{run}", "--prompt", "ä"), ["'ä'"]),
     "no such file": (("--model", "{run}", "--prompt_file", "nowhere.txt"), ["nowhere.txt: there is no such file"]),
@@ -239,18 +240,21 @@ class Screen:
 
 def test_prompts_through_pipes_are_answered_one_after_the_other_whatever_is_wrong_with_some(run, opened):
     lines = ["Hello", "äh", "/set temperature 0", "/set max_new_tokens 10", "", "Hello", "/set top_k 3",
-             "/set colour red", "/jump", "/set n 2", "/show", "a b", "/quit", "never read"]  # fmt: skip
+             "/set colour red", "/jump", "/set n 2", "/show", "a b", "/set temperature 1", "/set n 2", "//b", "/quit",
+             "never read"]  # fmt: skip
     process = start("--model", run, "--interactive", "--max_new_tokens", 6, "--seed", 1, "--prompt", "first")
     out, err = process.communicate("\n".join(lines).encode(), timeout=300)
     out, err = out.decode(), err.decode()
     assert process.returncode == 0
     sampled = [generate_text(*opened, prompt, 6, Sampling(0.8, seed=1))[0].text for prompt in ("first", "Hello")]
     likeliest = [greedy(opened, prompt, 10) for prompt in ("Hello", "a b")]
-    assert out == "".join(f"{text}\n" for text in sampled + likeliest)
+    two = [one.text for one in generate_text(*opened, "/b", 10, Sampling(1.0, seed=1), n=2)]
+    headed = [f"--- sample {number} of 2\n{text}" for number, text in enumerate(two, 1)]
+    assert out == "".join(f"{text}\n" for text in sampled + likeliest + headed)
     for part in ("'ä'", "temperature = 0.0", "top_k would change nothing", "no setting 'colour'",
                  "'/jump' is no command", "n=2 asks for 2", "top_k = none", "max_new_tokens = 10"):  # fmt: skip
         assert part in err, part
-    assert err.count("new tokens") == 4
+    assert err.count("new tokens") == 5
     assert "Traceback" not in err
 
 
