@@ -138,7 +138,7 @@ class Engine:
         if stop_tokens is None:
             stop_tokens = getattr(self.tokenizer, "end_of_text", ())
         request = Request(
-            rows[0] if rows else [], max_new_tokens, sampling or Sampling(), n,
+            0, rows[0] if rows else [], max_new_tokens, sampling or Sampling(), n,
             (stop,) if isinstance(stop, str) else stop, as_set(stop_tokens), logprobs, on_token,
         )  # fmt: skip
         problems += problems_of_request(request, self.model, self.tokenizer, self.scheduler.max_running)

@@ -36,8 +36,9 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt and what to do with it; `Engine.add` has the meaning of each. `number`: its place in the order of arrival."""
+    """One prompt and what to do with it; `Engine.add` has the meaning of each. `number` is the order of arrival."""
 
+    number: int
     prompt_ids: list[int]
     max_new_tokens: int
     sampling: Sampling
@@ -46,7 +47,6 @@ class Request:
     stop_tokens: set[int]
     logprobs: int | None
     on_token: Callable[[TokenEvent], object] | None
-    number: int = -1
 
 
 class Sample:
