@@ -92,7 +92,8 @@ def explained(hub, repository: str, error: Exception) -> OSError:
     reason = f"{type(error).__name__}: {(str(error).splitlines() or ['no answer'])[0]}"
     return FileNotFoundError(
         f"{repository} is not (whole) in the Hugging Face cache, and the hub cannot be reached ({reason}). Connect "
-        f"this machine to the internet (and unset HF_HUB_OFFLINE), or {by_hand(repository)}"
+        f"this machine to the internet (and unset HF_HUB_OFFLINE); or, without a network, pass a local folder: "
+        f"{by_hand(repository)}"
     )
 
 

@@ -98,8 +98,8 @@ def from_folder(folder: Path, changes: Mapping | None, dtype: torch.dtype | None
     if weights_file is None:
         there = ", ".join(sorted(path.name for path in folder.iterdir()))
         raise FileNotFoundError(
-            f"{folder} has none of {', '.join(WEIGHTS)}; it has {there}. Weights that are split need their index too; "
-            "those of TensorFlow or Flax are converted by transformers: open and save them there."
+            f"{folder} has no {WEIGHTS[0]} (nor {', '.join(WEIGHTS[1:])}); it has {there}. Weights that are split need "
+            "their index too; those of TensorFlow or Flax are converted by transformers: open and save them there."
         )
     changes = renamed(changes)
     cfg, different = settled(cfg_of(config, changes, config_file), changes, config_file)

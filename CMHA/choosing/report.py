@@ -7,7 +7,7 @@ import torch
 
 from CMHA.choosing.choose import AttentionSettings, decide, reasons_against
 from CMHA.choosing.names import AUTO, known_names
-from CMHA.implementations import sdpa
+from CMHA.implementations import paged_attention, sdpa
 from CMHA.packages import PACKAGES, find
 from CMHA.request import AttentionRequest
 
@@ -23,7 +23,8 @@ def attention_report(settings: AttentionSettings | None = None, request: Attenti
         request: the call; None: a causal forward pass in fp32 on the CPU.
     Returns:
         JSON-ready dict: requested, chosen, reason, rejected {name: [codes]}, torch_sdpa_kernel (None unless sdpa
-        was chosen), usable {name: [codes against it, empty = usable]}, device, versions.
+        was chosen), paged_readers (None unless the call brings pages: who reads them, and why not the others), usable
+        {name: [codes against it, empty = usable]}, device, versions.
     Raises:
         ValueError: as `choose`, under attn_strict.
     """
@@ -36,6 +37,7 @@ def attention_report(settings: AttentionSettings | None = None, request: Attenti
         "reason": choice.explain(),
         "rejected": {name: [reason.code for reason in reasons] for name, reasons in choice.rejected},
         "torch_sdpa_kernel": torch_kernel(request) if choice.chosen == "sdpa" else None,
+        "paged_readers": paged_attention.readers_report(request) if request.paged else None,
         "usable": {
             name: [reason.code for reason in reasons_against(name, request)] for name in known_names() if name != AUTO
         },

@@ -16,8 +16,10 @@ import argparse
 import contextlib
 import json
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+from CMHA.choosing import canonical_name
 from GPT2Model.text_generation import generate_text
 from orchestrator.interactive import converse
 from orchestrator.opened import DTYPE_NAMES, SOURCES, open_model, resolve_dtype
@@ -70,10 +72,16 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # a model that is trained first says so
         model, tokenizer = opened(args)
         draft = opened_draft(args, tokenizer)
-    if args.interactive:
-        return converse(model, tokenizer, settings, draft, first=prompts)
-    sampling = settings.sampling()
-    clock = Clock()
+    with keeping_pages(model, args.attn_implementation):
+        if args.interactive:
+            return converse(model, tokenizer, settings, draft, first=prompts)
+        write(args, model, tokenizer, draft, prompts, settings)
+    return 0
+
+
+def write(args: argparse.Namespace, model, tokenizer, draft, prompts: list[str], settings: WritingSettings) -> None:
+    """All completions of all prompts, and a line on stderr about the time."""
+    sampling, clock = settings.sampling(), Clock()
     page = None if args.json else Page(prompts, settings.n, tokenizer)
     found = generate_text(
         model, tokenizer, prompts, sampling=sampling, **settings.arguments(model, tokenizer, prompts), draft=draft,
@@ -88,7 +96,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         page.finish(found)
     print(clock.line(found) + (f"; seed {drawn}" if drawn is not None else ""), file=sys.stderr)
-    return 0
 
 
 def read_settings(args: argparse.Namespace) -> WritingSettings:
@@ -139,13 +146,24 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 def opened(args: argparse.Namespace):
     """The model and its tokenizer, and a word on what will be slow."""
     dtype = resolve_dtype(args.dtype, args.device)
+    attention = None if asks_for_pages(args.attn_implementation) else args.attn_implementation
     model, tokenizer = open_model(
-        args.model, device=args.device, dtype=dtype, int8=args.int8, attn_implementation=args.attn_implementation
+        args.model, device=args.device, dtype=dtype, int8=args.int8, attn_implementation=attention
     )
     device = model.token_embedding.weight.device
     if dtype == "bfloat16" and not native_bf16(str(device)):
         print(f"note: this {device.type} emulates bfloat16: --dtype float32 is faster here.", file=sys.stderr)
     return model, tokenizer
+
+
+def asks_for_pages(attn_implementation: str | None) -> bool:
+    return attn_implementation is not None and canonical_name(attn_implementation) == "paged_attention"
+
+
+def keeping_pages(model, attn_implementation: str | None) -> AbstractContextManager:
+    """Keys and values in pages, if that was asked for: only while it writes, since nothing else has pages."""
+    asked = asks_for_pages(attn_implementation)
+    return model.using_attention("paged_attention") if asked else contextlib.nullcontext()
 
 
 def opened_draft(args: argparse.Namespace, tokenizer):

@@ -163,7 +163,7 @@ def test_a_folder_with_something_missing_or_broken_says_what(folder, tmp_path):
     (folder / "config.json").write_text(config)
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     message = refused(folder, kind=FileNotFoundError)
-    assert "has none of model.safetensors, model.safetensors.index.json, pytorch_model.bin" in message
+    assert "has no model.safetensors (nor model.safetensors.index.json, pytorch_model.bin, " in message
     assert "it has config.json, model-00001-of-00002.safetensors. Weights that are split need their index" in message
     (folder / "config.json").unlink()
     (folder / "adapter_config.json").write_text("{}")

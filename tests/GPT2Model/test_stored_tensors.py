@@ -106,11 +106,10 @@ def giant_folder(folder, dtype="F32", width=2**20, layers=2):
     small = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes | {"n_embd": 32}))
     header, end = {}, 0
     for name, tensor in small.state_dict().items():
-        if name != "lm_head.weight":
-            shape = [n * width // 32 if n in (32, 96, 128) else n for n in tensor.shape]
-            size = math.prod(shape) * DTYPES[dtype].itemsize
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
-            end += size
+        shape = [n * width // 32 if n in (32, 96, 128) else n for n in tensor.shape]
+        size = math.prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
     text = json.dumps(header).encode()
     with open(folder / "model.safetensors", "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)

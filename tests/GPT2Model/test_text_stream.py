@@ -36,7 +36,7 @@ def cut(text: str, stop: tuple[str, ...]) -> str:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_the_pieces_of_any_tokens_are_the_text_of_all_of_them(name, data):
     tokenizer = TOKENIZERS[name]
@@ -48,7 +48,7 @@ def test_the_pieces_of_any_tokens_are_the_text_of_all_of_them(name, data):
 
 
 @pytest.mark.parametrize("tokenizer", [GPT2, BYTES], ids=["gpt2", "bytes"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(pieces=st.lists(PIECES, max_size=25), lost=st.lists(st.integers(0, 200), max_size=3))
 @example(pieces=["🙂"] * 25, lost=[])
 @example(pieces=["🙂"] * 25, lost=[1, 4, 50])
@@ -60,7 +60,7 @@ def test_so_are_those_of_long_characters_also_with_tokens_missing(tokenizer, pie
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_with_stop_strings_they_are_the_text_before_the_first_to_be_complete(name, data):
     tokenizer = TOKENIZERS[name]

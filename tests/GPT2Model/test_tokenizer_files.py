@@ -19,7 +19,7 @@ TEXTS = [
     "e\u0301 é \U0001f642 \U0001f469\u200d\U0001f467\u200d\U0001f466", "\U0001f3f3\ufe0f\u200d\U0001f308",
     "\x00\x01\x7f\u00a0\u200b\ufeff",
     "<|endoftext|>", "a<|endoftext|>b <|endoftext|> c", "<|endoftext|><|endoftext|>", "<|endo<|endoftext|>ftext|>",
-    "<|pad|>", "a flibber b", "unflibbered", "New York, New Yorker", "<|user|>Hi<|end|>", "a" * 300,
+    "<|pad|>", "a flibber b", "unflibbered", "New York, New Yorker", "<|user|>Hi<|end|>", "now<|end|>", "a" * 300,
 ]  # fmt: skip
 # What both know: letters that one of the two Unicode versions does not have yet are split by chance.
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs", "Cn"], max_codepoint=0x2FFFF), max_size=40)
@@ -44,7 +44,7 @@ def fine_tuned(gpt2_folder, tmp_path_factory):
     """What transformers writes of a GPT-2 tokenizer with added tokens, special and plain."""
     theirs = transformers.AutoTokenizer.from_pretrained(gpt2_folder)
     theirs.add_special_tokens({"pad_token": "<|pad|>", "additional_special_tokens": ["<|user|>", "<|end|>"]})
-    theirs.add_tokens(["flibber", "New York", "New"])
+    theirs.add_tokens(["flibber", "New York", "New", "w<|end"])
     folder = tmp_path_factory.mktemp("fine_tuned")
     theirs.save_pretrained(folder)
     return folder
@@ -100,7 +100,7 @@ def test_gpt2_s_own_files_give_gpt2_s_own_tokenizer(gpt2_folder, fine_tuned, own
     assert tokenizer_from_folder(gpt2_folder) is get_tokenizer()
     tuned = tokenizer_from_folder(fine_tuned)
     assert isinstance(tuned, ByteLevelBPE)
-    assert (tuned.vocab_size, tuned.end_of_text) == (50262, 50256)
+    assert (tuned.vocab_size, tuned.end_of_text) == (50263, 50256)
     small = tokenizer_from_folder(str(own))
     assert (small.vocab_size, small.end_of_text) == (600, 1)
 

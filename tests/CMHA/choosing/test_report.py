@@ -30,6 +30,17 @@ def test_it_is_json_and_says_who_was_chosen_and_with_what_codes_the_others_were_
     assert report["versions"]["torch"] == torch.__version__
 
 
+def test_of_a_call_that_brings_pages_it_says_who_reads_them_and_why_not_the_others():
+    assert attention_report()["paged_readers"] is None
+    report = attention_report(request=AttentionRequest(paged=True))
+    assert json.loads(json.dumps(report)) == report
+    assert (report["chosen"], report["paged_readers"]["chosen"]) == ("paged_attention", "plain")
+    against = {name: [reason["code"] for reason in found] for name, found in report["paged_readers"]["readers"].items()}
+    assert against["plain"] == []
+    assert "cuda_only" in against["flash_attention_2"]
+    assert report["usable"]["sdpa"] == ["paged"]
+
+
 def test_without_arguments_it_is_about_auto_and_a_causal_pass_in_fp32_on_the_cpu():
     report = attention_report()
     assert (report["requested"], report["chosen"], report["rejected"]) == ("auto", "sdpa", {})
