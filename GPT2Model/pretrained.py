@@ -1,8 +1,8 @@
 """Weights in and out: Hugging Face's GPT-2, LLMs-from-scratch, nanoGPT, and this project's own folders.
 
-In: a source is found, its config becomes a cfg dict (`GPT2Model/foreign_configs.py`), the names of its tensors become
-ours (`GPT2Model/weight_formats.py`), everything is compared, and then read (`GPT2Model/filling.py`). Files are
-safetensors, or torch files read with weights_only=True (`GPT2Model/stored_tensors.py`).
+In: a source is found, its config becomes a cfg dict (foreign_configs.py in `GPT2Model/weights/`, as all named here), the
+names of its tensors become ours (weight_formats.py), everything is compared, and then read (filling.py). Files are
+safetensors, or torch files read with weights_only=True (stored_tensors.py).
 Out: written beside their place and renamed, so that a crash leaves the old files whole.
 """
 
@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from GPT2Model.config import PRESETS, complete, rename
-from GPT2Model.filling import COMPUTED_IN, filled, misfits
-from GPT2Model.foreign_configs import cfg_of, nanogpt_cfg
 from GPT2Model.gpt2 import GPTModel
-from GPT2Model.hub import WEIGHTS, download, hub_id, hub_names, weights_of
-from GPT2Model.saved_form import folder_form, write_form
-from GPT2Model.sharded_weights import open_sharded
-from GPT2Model.stored_tensors import StoredTensor, check_memory, open_safetensors, open_torch_file
 from GPT2Model.tokenizer_files import tokenizer_texts
-from GPT2Model.weight_formats import (
+from GPT2Model.weights.filling import COMPUTED_IN, filled, misfits
+from GPT2Model.weights.foreign_configs import cfg_of, nanogpt_cfg
+from GPT2Model.weights.hub import WEIGHTS, download, hub_id, hub_names, weights_of
+from GPT2Model.weights.saved_form import folder_form, write_form
+from GPT2Model.weights.sharded_weights import open_sharded
+from GPT2Model.weights.stored_tensors import StoredTensor, check_memory, open_safetensors, open_torch_file
+from GPT2Model.weights.weight_formats import (
     fit_heads,
     our_names,
     stored_out_in,

@@ -9,10 +9,10 @@ import torch
 
 from CMHA.choosing import did_you_mean
 from GPT2Model.gpt2 import GPTModel
-from GPT2Model.hub import download, hub_id
 from GPT2Model.quantization import quantize_int8
 from GPT2Model.tokenizer import get_tokenizer
 from GPT2Model.tokenizer_files import tokenizer_from_folder
+from GPT2Model.weights.hub import download, hub_id
 from orchestrator.evaluation.machine import check_device
 from orchestrator.learning.trained import tales_model
 from orchestrator.text.tales import TalesTokenizer

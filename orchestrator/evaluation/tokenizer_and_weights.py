@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from GPT2Model import tokenizer as gpt2_tokenizer
-from GPT2Model.pretrained import hub_names
+from GPT2Model.weights.hub import hub_id, hub_names
 
 PUBLISHED = {"vocab.bpe": gpt2_tokenizer.VOCAB_BPE_SHA256, "encoder.json": gpt2_tokenizer.ENCODER_JSON_SHA256}
 
@@ -81,7 +81,7 @@ def names_in_the_cache() -> list[str]:
 
     def is_there(name: str) -> bool:
         files = ("config.json", "model.safetensors")
-        return all(isinstance(try_to_load_from_cache(f"openai-community/{name}", file), str) for file in files)
+        return all(isinstance(try_to_load_from_cache(hub_id(name), file), str) for file in files)
 
     return [name for name in hub_names() if is_there(name)]
 

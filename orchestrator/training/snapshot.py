@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from GPT2Model.pretrained import folder_form, misfits, write_form
-from GPT2Model.weight_formats import fit_heads, our_names
+from GPT2Model.weights.weight_formats import fit_heads, our_names
 from orchestrator.training.rng import random_states, restore_random_states
 from orchestrator.training.same_run import cfg_differences, other_run, phrase_of
 from orchestrator.training.state import Counters, TrainState
@@ -143,7 +143,7 @@ def restore(place: Path, state: TrainState) -> dict:
     problems = cfg_differences(record["facts"]["cfg"], cfg).refused
     if not problems:
         weights = our_names(weights, str(place))
-        fit_heads(weights, cfg)
+        problems += fit_heads(weights, cfg)
         if cfg["tie_weights"]:
             weights["head.weight"] = weights["token_embedding.weight"]
         problems += misfits(state.model, weights) + other_types(state.model, weights)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from GPT2Model.weight_formats import unlike_gpt2
+from GPT2Model.weights.weight_formats import unlike_gpt2
 from orchestrator.views.checks import check_model, check_tokenizer, check_trace
 from orchestrator.views.trace_figures import hidden_keys
 

@@ -10,10 +10,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from GPT2Model import saved_form
 from GPT2Model.gpt2 import GPTModel
 from GPT2Model.tokenizer import get_tokenizer
 from GPT2Model.tokenizer_files import tokenizer_from_folder
+from GPT2Model.weights import saved_form
 from orchestrator.text.tokenizers import make_tokenizer
 
 

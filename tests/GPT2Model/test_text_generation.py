@@ -1,6 +1,7 @@
 """generate_text(): what a prompt is continued with does not depend on the batch, the streaming or the path taken."""
 
 import string
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,6 +70,15 @@ def test_what_is_drawn_for_a_prompt_does_not_depend_on_the_batch(prompts, n, see
         )
         for ours, theirs in zip(completion.logprobs, alone.logprobs, strict=True):
             assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-9)
+
+
+def test_samples_with_a_draft_have_their_own_seeds_too(model, build):
+    draft, sampling = build(seed=2, context_length=40), Sampling(1.1, seed=3)
+    found = generate_text(model, LETTERS, ["Hello", "a"], 12, sampling, n=2, draft=draft)
+    assert len({one.text for one in found}) == 4
+    for index, one in enumerate(found):
+        prompt = ("Hello", "a")[index // 2]
+        assert [one] == generate_text(model, LETTERS, prompt, 12, replace(sampling, seed=3 + index), draft=draft)
 
 
 def test_samples_of_one_prompt_differ_and_a_seed_gives_them_again(model):

@@ -6,7 +6,7 @@ import torch
 from GPT2Model.config import from_preset
 from GPT2Model.gpt2 import GPTModel
 from GPT2Model.tracing import diff, trace, zero_heads
-from GPT2Model.weight_formats import VARIANTS, unlike_gpt2
+from GPT2Model.weights.weight_formats import VARIANTS, unlike_gpt2
 
 EPS = torch.finfo(torch.float32).eps
 SIZES = {"vocab_size": 90, "context_length": 32, "emb_dim": 24, "n_heads": 6, "n_layers": 2, "init_std": 0.2}

@@ -107,7 +107,7 @@ def hugging_face_twin():
     """The notebook's small model, with the same first weights, as transformers has it."""
     from GPT2Model.config import from_preset
     from GPT2Model.gpt2 import GPTModel
-    from GPT2Model.weight_formats import HUGGING_FACE, TRANSPOSED, translate
+    from GPT2Model.weights.weight_formats import HUGGING_FACE, TRANSPOSED, translate
 
     torch.manual_seed(0)
     ours = GPTModel(from_preset("nano", vocab_size=VOCABULARY, emb_dim=64, n_heads=2))

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import string
 import subprocess
@@ -233,9 +234,9 @@ class Screen:
     def until(self, expected: str) -> None:
         expected = expected.replace("\n", "\r\n")  # as a terminal ends its lines
         while expected not in self.unread:
-            new = os.read(self.terminal, 4096)
-            assert new, f"ended without {expected!r}: {self.unread!r}"
-            self.unread += new.decode(errors="replace")
+            ready, _, _ = select.select([self.terminal], [], [], 120)
+            assert ready, f"nothing more comes, and not {expected!r}: {self.unread!r}"
+            self.unread += os.read(self.terminal, 4096).decode(errors="replace")  # raises when the program has ended
         self.unread = self.unread.partition(expected)[2]
 
 

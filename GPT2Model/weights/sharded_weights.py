@@ -9,8 +9,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from GPT2Model.grouping import grouped
-from GPT2Model.stored_tensors import StoredTensor
+from GPT2Model.weights.grouping import grouped
+from GPT2Model.weights.stored_tensors import StoredTensor
 
 
 def open_sharded(index: Path, open_file: Callable[[Path], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:

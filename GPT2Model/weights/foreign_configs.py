@@ -1,14 +1,14 @@
 """The cfg dict out of what others write about a model: Hugging Face's config.json, nanoGPT's model_args, and our own.
 
 A field that changes what GPT-2 computes is honoured, or refused by name; nothing is ignored in silence. The names of
-the tensors are in `GPT2Model/weight_formats.py`.
+the tensors are in `GPT2Model/weights/weight_formats.py`.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 
 from GPT2Model.config import PRESETS, complete
-from GPT2Model.weight_formats import unlike_gpt2
+from GPT2Model.weights.weight_formats import unlike_gpt2
 
 # Fields of a Hugging Face config that change what GPT-2 computes, with the only value that ours computes.
 HF_FIXED = {

@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 
 from GPT2Model.config import from_preset
 from GPT2Model.gpt2 import GPTModel
-from GPT2Model.hub import TOKENIZER, hub_id, hub_names
 from GPT2Model.tokenizer_files import tokenizer_from_folder, tokenizer_texts
+from GPT2Model.weights.hub import TOKENIZER, hub_id, hub_names
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 COMMIT = hashlib.sha1(b"a commit").hexdigest()
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from GPT2Model.config import complete
-from GPT2Model.foreign_configs import cfg_of
 from GPT2Model.gpt2 import GPTModel
+from GPT2Model.weights.foreign_configs import cfg_of
 
 # --- LLMs-from-scratch -------------------------------------------------------------------------------
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from GPT2Model.gpt2 import GPTModel
-from GPT2Model.grouping import grouped, ranges
-from GPT2Model.stored_tensors import StoredTensor, check_memory
-from GPT2Model.weight_formats import Weight
+from GPT2Model.weights.grouping import grouped, ranges
+from GPT2Model.weights.stored_tensors import StoredTensor, check_memory
+from GPT2Model.weights.weight_formats import Weight
 
 COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Heads of other models on the body of a GPT-2, by the first word of their weights.

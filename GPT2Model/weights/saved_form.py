@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from GPT2Model.files import replace_files
-from GPT2Model.foreign_configs import hugging_face_config, own_config
 from GPT2Model.gpt2 import GPTModel
-from GPT2Model.weight_formats import HUGGING_FACE, TRANSPOSED, regroup, translate, unlike_gpt2
+from GPT2Model.weights.foreign_configs import hugging_face_config, own_config
+from GPT2Model.weights.weight_formats import HUGGING_FACE, TRANSPOSED, regroup, translate, unlike_gpt2
 
 
 def folder_form(model: GPTModel) -> tuple[dict[str, Tensor], dict]:

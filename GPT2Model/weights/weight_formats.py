@@ -3,7 +3,7 @@
 Each format is a table; an entry is the whole name of a tensor, or the stem of a weight and its bias. What a format
 cannot express is converted exactly or refused by name; nothing is ignored in silence. A model with `norm`, `mlp` or
 `positions` of its own is no GPT-2 in anybody's format: its folder is in ours. What others' configs say is in
-`GPT2Model/foreign_configs.py`; `GPT2Model/pretrained.py` does the files.
+`GPT2Model/weights/foreign_configs.py`; `GPT2Model/pretrained.py` does the files.
 """
 
 import re
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from GPT2Model.config import KEYS
-from GPT2Model.grouping import grouped
-from GPT2Model.stored_tensors import StoredTensor
+from GPT2Model.weights.grouping import grouped
+from GPT2Model.weights.stored_tensors import StoredTensor
 
 # Hugging Face stores the four projections of a block as (in, out): torch's Linear is (out, in).
 HUGGING_FACE = {

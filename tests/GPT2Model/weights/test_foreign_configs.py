@@ -9,7 +9,8 @@ import transformers
 from transformers.activations import ACT2FN
 
 from GPT2Model.config import complete
-from GPT2Model.foreign_configs import (
+from GPT2Model.gpt2 import GPTModel
+from GPT2Model.weights.foreign_configs import (
     HF_DROPOUTS,
     HF_FIXED,
     HF_HARMLESS,
@@ -19,7 +20,6 @@ from GPT2Model.foreign_configs import (
     hugging_face_config,
     nanogpt_cfg,
 )
-from GPT2Model.gpt2 import GPTModel
 
 SIZES = {"vocab_size": 61, "n_positions": 24, "n_embd": 30, "n_head": 5, "n_layer": 3, "bos_token_id": 0,
          "eos_token_id": 0}  # fmt: skip

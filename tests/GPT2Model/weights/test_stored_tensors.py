@@ -13,10 +13,10 @@ import safetensors.torch
 import torch
 import transformers
 
-from GPT2Model import stored_tensors
 from GPT2Model.gpt2 import GPTModel
 from GPT2Model.pretrained import load
-from GPT2Model.stored_tensors import DTYPES, ModelTooLargeError, open_safetensors
+from GPT2Model.weights import stored_tensors
+from GPT2Model.weights.stored_tensors import DTYPES, ModelTooLargeError, open_safetensors
 from orchestrator.evaluation.memory import peak_tensor_bytes
 
 
@@ -195,6 +195,6 @@ def test_opening_a_model_does_not_wake_the_compiler(build, tmp_path):
     build(torch.float32).save_pretrained(tmp_path)
     program = f"from GPT2Model.pretrained import load; import sys; load({str(tmp_path)!r})"
     program += "; print([name for name in ('torch._dynamo', 'torch._inductor') if name in sys.modules])"
-    here = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    here = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
     done = subprocess.run([sys.executable, "-c", program], env=here, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
