@@ -222,6 +222,42 @@ MISTAKES += [
             "keys.repeat(1, group, 1, 1), values.repeat(1, group, 1, 1)", VARIANTS),
 ]  # fmt: skip
 
+BLOCKS = ("tests/orchestrator/serving/test_block_manager.py",)
+SERVING = ("tests/orchestrator/serving/test_scheduler.py", "tests/orchestrator/serving/test_engine.py")
+SAMPLING = ("tests/GPT2Model/test_sampling.py",)
+SPECULATIVE = ("tests/GPT2Model/test_speculative.py",)
+PAGES = ("tests/CMHA/implementations/test_paged_attention.py", "tests/CMHA/test_paged_kv_cache.py")
+MISTAKES += [
+    Mistake("pages: no copy on write", "orchestrator/serving/block_manager.py",
+            "return slot > 0 and self._counts[table.blocks[next_block]] > 1", "return False", BLOCKS),
+    Mistake("pages: a block evicted but still found", "orchestrator/serving/block_manager.py",
+            "del self._findable[self._prefixes.pop(block).hash]", "self._prefixes.pop(block)", BLOCKS),
+    Mistake("pages: unfilled places of the last block are read", "CMHA/implementations/paged_plain.py",
+            ".flatten(0, 1)[:length]", ".flatten(0, 1)", PAGES),
+    Mistake("pages: a shared block is written", "CMHA/paged_kv_cache.py", "if len(set(slots)) < total:", "if False:",
+            PAGES),
+    Mistake("serving: the first that came is preempted", "orchestrator/serving/scheduler.py",
+            "last = self.running[-1]", "last = self.running[0]", SERVING),
+    Mistake("serving: the small overtake the large", "orchestrator/serving/scheduler.py",
+            "sample = self.waiting.pop(0)", "sample = self.waiting.pop()", SERVING),
+    Mistake("serving: a prompt half read gets its next token", "orchestrator/serving/engine.py",
+            "            if sample.unread:\n                continue\n", "", SERVING),
+    Mistake("serving: blocks are not copied", "orchestrator/serving/engine.py",
+            "self.cache.copy_block(copy.source, copy.target)", "pass", SERVING),
+    Mistake("serving: all samples draw with one seed", "orchestrator/serving/request.py",
+            "Sampler(for_row(request.sampling, index), device)", "Sampler(request.sampling, device)", SERVING),
+    Mistake("serving: a failed pass leaves its blocks findable", "orchestrator/serving/engine.py",
+            "            self._forget_cache()  # blocks", "            pass  # blocks", SERVING),
+    Mistake("sampling: min-p absolute", "GPT2Model/sampling.py",
+            "least = min_p * probabilities.amax(dim=-1, keepdim=True)", "least = min_p", SAMPLING),
+    Mistake("sampling: the penalty raises negative logits", "GPT2Model/sampling.py",
+            "torch.where(logits[seen] > 0", "torch.where(logits[seen] > -1e30", SAMPLING),
+    Mistake("speculative: the rest is p", "GPT2Model/speculative.py", "rest = (p - q).clamp(min=0)", "rest = p",
+            SPECULATIVE),
+    Mistake("speculative: the model's cache is not cut", "GPT2Model/speculative.py",
+            "            judge.forget(text)\n", "", SPECULATIVE),
+]  # fmt: skip
+
 
 def plant(mistake: Mistake, place: Path) -> subprocess.CompletedProcess:
     """Copy the project to `place`, make it wrong, and run the tests that should see it until the first fails."""
