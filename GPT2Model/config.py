@@ -54,7 +54,12 @@ KEYS: dict[str, Key] = {
     "norm": Key(
         "choice", "layernorm", "what normalises: layernorm (GPT-2) or rmsnorm", choices=("layernorm", "rmsnorm")
     ),
-    "mlp": Key("choice", "gelu", "the feed-forward layer: gelu (GPT-2) or swiglu", choices=("gelu", "swiglu")),
+    "mlp": Key(
+        "choice",
+        "gelu",
+        "the feed-forward layer: gelu (GPT-2, by tanh), gelu_exact (by erf; the same weights) or swiglu",
+        choices=("gelu", "gelu_exact", "swiglu"),
+    ),
     "positions": Key(
         "choice",
         "learned",

@@ -37,11 +37,7 @@ from GPT2Model.weights.weight_formats import (
 
 __all__ = ["folder_form", "hub_names", "load", "misfits", "save", "write_form"]
 logger = logging.getLogger("GPT2Model")
-# nanoGPT's commit 594068e of 17 May 2023, "Use nn.GELU". No checkpoint says by which it was trained.
-OTHER_GELU = (
-    "since May 2023 computes GELU through erf, where this model computes GPT-2's, the tanh form. A checkpoint that was "
-    "trained so gives logits here that differ from nanoGPT's in the fourth digit; an older one gives the same."
-)
+OTHER_GELU = {"gelu": "gelu_exact", "gelu_exact": "gelu"}
 
 
 def load(source: object, cfg: Mapping | None = None, dtype: torch.dtype | None = None) -> GPTModel:
@@ -102,13 +98,20 @@ def from_folder(folder: Path, changes: Mapping | None, dtype: torch.dtype | None
             "their index too; those of TensorFlow or Flax are converted by transformers: open and save them there."
         )
     changes = renamed(changes)
-    cfg, different = settled(cfg_of(config, changes, config_file), changes, config_file)
+    said = cfg_of(config, changes, config_file)
+    cfg, different = settled(said, changes, config_file)
     try:
-        return from_weights(opened(weights_file), cfg, dtype, str(weights_file))
+        model = from_weights(opened(weights_file), cfg, dtype, str(weights_file))
     except ValueError as error:
         if not different or isinstance(error, MemoryError):
             raise
         raise ValueError(f"{different}\n{error}") from error
+    if model.cfg["mlp"] != said["mlp"]:  # the other form of GELU, since the weights fit
+        logger.warning(
+            "%s says mlp=%r, and cfg %r: the same weights with another GELU, whose logits differ in the fourth digit.",
+            config_file, said["mlp"], model.cfg["mlp"],
+        )  # fmt: skip
+    return model
 
 
 def from_file(path: Path, cfg: Mapping | None, dtype: torch.dtype | None) -> GPTModel:
@@ -209,8 +212,12 @@ def from_weights(
     if full["tie_weights"] and embedding is not None:
         weights["head.weight"] = embedding  # the model lists the shared tensor under both names
     model = filled(weights, full, dtype, where, heads)
-    if of_nanogpt:
-        logger.warning("%s has the layout of nanoGPT, which %s", where, OTHER_GELU)
+    if of_nanogpt:  # no such file says which GELU it was trained with
+        logger.info(
+            "%s has the layout of nanoGPT, whose GELU is through erf since May 2023 (mlp='gelu_exact'), and was GPT-2's "
+            "tanh form before (mlp='gelu'). This model computes mlp=%r; cfg={'mlp': %r} opens it as the other.",
+            where, full["mlp"], OTHER_GELU[full["mlp"]],
+        )  # fmt: skip
     return model
 
 

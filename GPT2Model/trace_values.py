@@ -61,6 +61,9 @@ MEANING_OF_VARIANTS = {
         "norm_2": "the stream divided by its root mean square, weighted, as the feed-forward layer reads it",
         "final_norm": "the stream divided by its root mean square, weighted, as the head reads it",
     },
+    ("mlp", "gelu_exact"): {
+        "feed_forward.activated": "after GELU through erf: what is not negative goes on, bent a little",
+    },
     ("mlp", "swiglu"): {
         "feed_forward.gate": "how far each unit is opened, before SiLU",
         "feed_forward.hidden": "widened: what each unit has to say, before its gate",

@@ -37,7 +37,8 @@ class LayerNorm(nn.Module):
 class GELU(nn.Module):
     """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))): the tanh form, which is the one GPT-2 was trained with.
 
-    Why it matters: with the exact form (through erf) the text stays fluent and the logits are wrong.
+    Why it matters: with the exact form (through erf) the text stays fluent and the logits are wrong. Weights that were
+    trained with that one need it: `exact_feed_forward` in `TransformerBlock/variants.py`.
     Source: "Gaussian Error Linear Units" (Hendrycks and Gimpel, 2016), section 2.
     """
 

@@ -1,4 +1,4 @@
-"""The parts of a block that models after GPT-2 changed: RMSNorm, SwiGLU, rotary positions; and who hands them out.
+"""The parts of a block that models after GPT-2 changed: GELU, RMSNorm, SwiGLU, positions; and who hands them out.
 
 `norm`, `feed_forward`, `position_embedding` and `rotary` give what the cfg asks for: GPT-2's own part, unless it says
 otherwise. docs/variants/ has what each changes, why, and what it costs.
@@ -35,6 +35,21 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch emb_dim"]) -> Float[Tensor, "*batch emb_dim"]:
         return F.rms_norm(x, self.weight.shape, self.weight, self.EPS)
+
+
+def exact_feed_forward(cfg: Mapping) -> FeedForward:
+    """GPT-2's layer with x P(Z <= x) = 0.5 x (1 + erf(x / sqrt(2))), Z normal: what GELU's tanh form approximates.
+
+    Why: torch's nn.GELU() is this one, and so are nanoGPT's since May 2023 and Hugging Face's "gelu". The weights have
+    the same names and shapes under both; the two forms are never more than 5e-4 apart.
+
+    Args:
+        cfg: as FeedForward's.
+    Source: "Gaussian Error Linear Units" (Hendrycks and Gimpel, 2016), section 2.
+    """
+    layer = FeedForward(cfg)
+    layer.gelu = nn.GELU()
+    return layer
 
 
 class SwiGLU(nn.Module):
@@ -78,8 +93,8 @@ def norm(cfg: Mapping) -> nn.Module:
 
 
 def feed_forward(cfg: Mapping) -> nn.Module:
-    """`cfg["mlp"]`: "gelu" (also where the key is missing) or "swiglu"."""
-    return choose(cfg, "mlp", {"gelu": FeedForward, "swiglu": SwiGLU})(cfg)
+    """`cfg["mlp"]`: "gelu" (also where the key is missing), "gelu_exact" or "swiglu"."""
+    return choose(cfg, "mlp", {"gelu": FeedForward, "gelu_exact": exact_feed_forward, "swiglu": SwiGLU})(cfg)
 
 
 def position_embedding(cfg: Mapping) -> nn.Module:

@@ -135,6 +135,7 @@ def check_model_toggle(run: Run, model: GPTModel, ids: torch.Tensor, targets: to
 
 def check_generation(run: Run, model: GPTModel, ids: torch.Tensor, new_tokens: int = 16) -> None:
     prompt = ids[:, : min(32, model.cfg["context_length"] // 2)]
+    new_tokens = min(new_tokens, model.cfg["context_length"] - prompt.shape[1])
     cached = generate(model, prompt, new_tokens)
     uncached = generate(model, prompt, new_tokens, use_cache=False)
     same = int((cached == uncached)[:, prompt.shape[1] :].sum())

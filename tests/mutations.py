@@ -131,7 +131,7 @@ MISTAKES += [
         'if request.device == "mps" and request.mps_guard:', "if False:", CHOOSING,
     ),
     Mistake(
-        "auto never asks flash-attn", "CMHA/choosing/choose.py", 'FALLBACK_ORDER if device == "cuda" else',
+        "auto never asks flash-attn", "CMHA/choosing/choose.py", 'FALLBACK_ORDER if request.device == "cuda" else',
         "FALLBACK_ORDER[-2:] if True else", CHOOSING,
     ),
     Mistake(

@@ -13,7 +13,6 @@ from GPT2Model.weights.weight_formats import unlike_gpt2
 # Fields of a Hugging Face config that change what GPT-2 computes, with the only value that ours computes.
 HF_FIXED = {
     "model_type": "gpt2",
-    "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -21,9 +20,12 @@ HF_FIXED = {
     "is_encoder_decoder": False,
     "quantization_config": None,
 }
-SAME = {  # other names of the same function
-    "activation_function": ("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"),
-}
+# Hugging Face's names of the two forms of GELU, and our `mlp` with it; of each form the first is the one we write.
+ACTIVATIONS = {
+    "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_python_tanh": "gelu", "gelu_fast": "gelu",
+    "gelu_accurate": "gelu",
+    "gelu": "gelu_exact", "gelu_python": "gelu_exact",
+}  # fmt: skip
 HF_SIZES = {
     "vocab_size": "vocab_size", "n_positions": "context_length", "n_embd": "emb_dim", "n_head": "n_heads",
     "n_layer": "n_layers", "n_inner": "ff_dim", "tie_word_embeddings": "tie_weights", "initializer_range": "init_std",
@@ -67,11 +69,14 @@ def cfg_of(config: dict, changes: Mapping, where: Path) -> dict:
     problems = [
         f"{field} = {config[field]!r}, where only {value!r} is computed here"
         for field, value in HF_FIXED.items()
-        if field in config and config[field] != value and config[field] not in SAME.get(field, ())
+        if field in config and config[field] != value
     ]
+    activation = config.get("activation_function", "gelu_new")  # GPT2Config's own default
+    if activation not in list(ACTIVATIONS):
+        problems.append(f"activation_function = {activation!r}, where only {', '.join(ACTIVATIONS)} are computed here")
     if "model_type" not in config:
         problems.append("model_type is missing, where 'gpt2' was expected")
-    known = {*HF_FIXED, *HF_SIZES, *HF_DROPOUTS, *HF_HARMLESS}
+    known = {"activation_function", *HF_FIXED, *HF_SIZES, *HF_DROPOUTS, *HF_HARMLESS}
     problems += [
         f"{field} = {value!r} is unknown here" for field, value in config.items() if field not in known and value
     ]
@@ -82,18 +87,22 @@ def cfg_of(config: dict, changes: Mapping, where: Path) -> dict:
         )
     raise_all(problems, where)
     if OUR_CFG in config:
-        return complete(config[OUR_CFG])
+        cfg = complete(config[OUR_CFG])
+        if cfg["mlp"] != ACTIVATIONS[activation]:  # no weight would show it
+            raise_all([f"activation_function = {activation!r}, and {OUR_CFG} says mlp={cfg['mlp']!r}"], where)
+        return cfg
     # GPT2Config's own
     defaults = {theirs: PRESETS["gpt2"].get(ours) for theirs, ours in HF_SIZES.items()}
     defaults |= {"initializer_range": 0.02, "tie_word_embeddings": True}
     sizes = {ours: config.get(theirs, defaults[theirs]) for theirs, ours in HF_SIZES.items()}
-    return {**sizes, "drop_rate": rates[0], "qkv_bias": True}
+    return {**sizes, "drop_rate": rates[0], "qkv_bias": True, "mlp": ACTIVATIONS[activation]}
 
 
 def nanogpt_cfg(model_args: Mapping, where: str) -> dict:
     """Our cfg dict from the model_args that nanoGPT's train.py keeps in ckpt.pt; keys that it lacks are left out.
 
-    Without `bias` a nanoGPT has none anywhere; ours has those of zero, which is the same.
+    Without `bias` a nanoGPT has none anywhere; ours has those of zero, which is the same. No field says which GELU it
+    was trained with; it is through erf since nanoGPT's commit 594068e of 17 May 2023, "Use nn.GELU".
 
     Raises:
         ValueError: fields that nanoGPT does not have, as its descendants do, by name.
@@ -102,7 +111,8 @@ def nanogpt_cfg(model_args: Mapping, where: str) -> dict:
         [f"model_args: {field} = {value!r} is unknown here" for field, value in model_args.items()
          if field not in NANOGPT_SIZES and value], where
     )  # fmt: skip
-    return {ours: model_args[theirs] for theirs, ours in NANOGPT_SIZES.items() if theirs in model_args}
+    sizes = {ours: model_args[theirs] for theirs, ours in NANOGPT_SIZES.items() if theirs in model_args}
+    return {**sizes, "mlp": "gelu_exact"}
 
 
 def raise_all(problems: list[str], where: object) -> None:
@@ -115,6 +125,7 @@ def hugging_face_config(cfg: dict) -> dict:
     config = {
         "architectures": ["GPT2LMHeadModel"],
         **HF_FIXED,
+        "activation_function": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == cfg["mlp"]),
         **{theirs: cfg[ours] for theirs, ours in HF_SIZES.items()},
         **dict.fromkeys(HF_DROPOUTS, cfg["drop_rate"]),
         "bos_token_id": 50256 if cfg["vocab_size"] > 50256 else None,

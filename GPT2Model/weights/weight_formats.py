@@ -72,20 +72,23 @@ SHAPING = (
 )  # the keys that decide which weights there are
 MASKS = re.compile(r"\.attn\.(masked_)?bias$")  # old files store the causal mask as a "bias"
 Weight = Tensor | StoredTensor
-VARIANTS = ("norm", "mlp", "positions")  # the keys that Hugging Face's GPT-2 cannot express, unless they are its own
+# The keys that Hugging Face's GPT-2 cannot express, with the values that it can: GPT-2's own, and the GELU through erf.
+VARIANTS = {"norm": ("layernorm",), "mlp": ("gelu", "gelu_exact"), "positions": ("learned",)}
 
 
 def unlike_gpt2(cfg: Mapping) -> list[str]:
     """What a cfg has and GPT-2 has not, one phrase each, and no format of others can express; empty: nothing."""
     return [
         f"{name}={cfg[name]!r}, where GPT-2 has {KEYS[name].default!r}"
-        for name in VARIANTS
-        if cfg.get(name, KEYS[name].default) != KEYS[name].default
+        for name, expressible in VARIANTS.items()
+        if cfg.get(name, KEYS[name].default) not in expressible
     ]
 
 
 def unlike_stored(stored: Mapping, changes: Mapping) -> list[str]:
-    """The keys of `changes` that ask for other weights than the stored ones, a phrase each; drop_rate, say, does not.
+    """The keys of `changes` that ask for other weights than the stored ones, a phrase each.
+
+    drop_rate, say, does not; nor does the other form of GELU: both are the caller's choice.
 
     Args:
         stored: a cfg dict. changes: some keys of one.
@@ -95,10 +98,12 @@ def unlike_stored(stored: Mapping, changes: Mapping) -> list[str]:
     if stored["positions"] == "rope" and changes.get("positions", "rope") == "rope":  # no weight has the length
         shaping = [name for name in shaping if name != "context_length"]
     same = {"n_kv_heads": stored["n_heads"]}  # what None means
-    if stored["mlp"] == "gelu":
+    if stored["mlp"] != "swiglu":
         same["ff_dim"] = 4 * stored["emb_dim"]
 
     def value(cfg: Mapping, name: str):
+        if name == "mlp" and cfg[name] == "gelu_exact":
+            return "gelu"  # the same weights
         return same.get(name) if cfg[name] is None else cfg[name]
 
     return [

@@ -21,13 +21,13 @@ from pathlib import Path
 
 from CMHA.choosing import canonical_name
 from GPT2Model.text_generation import generate_text
-from orchestrator.interactive import converse
 from orchestrator.opened import DTYPE_NAMES, SOURCES, open_model, resolve_dtype
 from orchestrator.report import plain
 from orchestrator.training.precision import native_bf16
-from orchestrator.writing_clock import Clock
-from orchestrator.writing_page import Page, as_data
-from orchestrator.writing_settings import OPTIONS, WritingSettings, changed
+from orchestrator.writing.clock import Clock
+from orchestrator.writing.interactive import converse
+from orchestrator.writing.page import Page, as_data
+from orchestrator.writing.settings import OPTIONS, WritingSettings, changed
 
 HELP = "a trained model continues a text, shown as it is written; also at a prompt of its own"
 

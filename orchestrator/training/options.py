@@ -55,7 +55,7 @@ class Options:
     n_kv_heads: int | None = None
     # what normalises: layernorm (GPT-2) or rmsnorm; None: the model's
     norm: str | None = None
-    # the feed-forward layer: gelu (GPT-2) or swiglu; None: the model's
+    # the feed-forward layer: gelu (GPT-2, by tanh), gelu_exact (by erf) or swiglu; None: the model's
     mlp: str | None = None
     # learned (GPT-2: a vector is added to the embedding) or rope (queries and keys are turned); None: the model's
     positions: str | None = None

@@ -384,7 +384,7 @@ def test_greedy_text_is_the_formulas_with_and_without_a_cache_and_past_the_conte
         logits = torch.stack([alone(model, row[-24:])[-1] for row in expected])
         expected = torch.cat([expected, logits.argmax(-1)[:, None]], dim=1)
     for use_cache in (True, False):
-        assert torch.equal(generate(model, ids, 8, use_cache=use_cache), expected)
+        assert torch.equal(generate(model, ids, 8, use_cache=use_cache, past_context="slide"), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -3,7 +3,7 @@
 import pytest
 
 from GPT2Model.completion import Completion
-from orchestrator.writing_clock import Clock
+from orchestrator.writing.clock import Clock
 
 TWO = [Completion([1, 2, 3], [4, 5, 6, 7, 8], "", "length"), Completion([1, 2, 3, 4, 5], [6, 7], "", "stop")]
 

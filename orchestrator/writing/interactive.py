@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from GPT2Model.text_generation import generate_text
-from orchestrator.writing_clock import Clock
-from orchestrator.writing_page import Page
-from orchestrator.writing_settings import OPTIONS, WritingSettings, changed
+from orchestrator.writing.clock import Clock
+from orchestrator.writing.page import Page
+from orchestrator.writing.settings import OPTIONS, WritingSettings, changed
 
 HELP = """/set NAME VALUE   change a setting, as: /set temperature 0.5   (none: leave it open)
 /show             the settings
