@@ -133,11 +133,11 @@ class MultiHeadAttention(nn.Module):
     def typical_request(self, tokens: int | None = None) -> AttentionRequest:
         """The request of a plain causal pass, as the layer stands now: device, dtype, training, gradients or not."""
         tokens, weight = tokens or self.context_length, self.W_qkv.weight
-        return AttentionRequest(
+        request = AttentionRequest(
             device=weight.device.type, dtype=weight.dtype, head_dim=self.head_dim, query_len=tokens, key_len=tokens,
             num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, dropout=self.dropout if self.training else 0.0,
-            needs_grad=is_grad_enabled() and weight.requires_grad, capability=capability_of(weight.device),
-        )  # fmt: skip
+            needs_grad=is_grad_enabled() and weight.requires_grad, capability=capability_of(weight.device))  # fmt: skip
+        return self.settings.as_used(request, self.training)
 
 
 def fuse_separate_projections(module, state_dict, prefix, *_) -> None:

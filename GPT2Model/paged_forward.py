@@ -33,9 +33,8 @@ def paged_forward(
             f"model of context_length={limit}."
         )
     x = model.token_embedding(ids[None]) + model.position_embedding(mask.positions())  # (1, tokens, C)
-    with model.using_attention("paged_attention"):
-        for block, layer in zip(model.blocks, cache.at(mask), strict=True):
-            x = block(x, mask=mask, cache=layer)
+    for block, layer in zip(model.blocks, cache.at(mask), strict=True):
+        x = block(x, mask=mask, cache=layer)  # a mask of pages: "paged_attention" serves, whatever the model's setting
     return model.head(model.final_norm(x[0, mask.last]))
 
 

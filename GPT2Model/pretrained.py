@@ -1,6 +1,6 @@
 """Weights in and out: Hugging Face's GPT-2, LLMs-from-scratch, nanoGPT, and this project's own folders.
 
-In: a source is found, its config becomes a cfg dict (foreign_configs.py in `GPT2Model/weights/`, as all named here), the
+In: a source is found, its config becomes a cfg dict (foreign_configs.py; all files named here are in `weights/`), the
 names of its tensors become ours (weight_formats.py), everything is compared, and then read (filling.py). Files are
 safetensors, or torch files read with weights_only=True (stored_tensors.py).
 Out: written beside their place and renamed, so that a crash leaves the old files whole.
@@ -212,10 +212,10 @@ def from_weights(
     if full["tie_weights"] and embedding is not None:
         weights["head.weight"] = embedding  # the model lists the shared tensor under both names
     model = filled(weights, full, dtype, where, heads)
-    if of_nanogpt:  # no such file says which GELU it was trained with
+    if of_nanogpt:  # no such file says which GELU it was trained with: a ckpt.pt is taken for one of today's
         logger.info(
-            "%s has the layout of nanoGPT, whose GELU is through erf since May 2023 (mlp='gelu_exact'), and was GPT-2's "
-            "tanh form before (mlp='gelu'). This model computes mlp=%r; cfg={'mlp': %r} opens it as the other.",
+            "%s has the layout of nanoGPT, whose GELU is by erf since May 2023 (mlp='gelu_exact') and was GPT-2's, "
+            "by tanh, before (mlp='gelu'). This model computes mlp=%r; cfg={'mlp': %r} opens it as the other.",
             where, full["mlp"], OTHER_GELU[full["mlp"]],
         )  # fmt: skip
     return model
@@ -227,8 +227,8 @@ def save(model: GPTModel, folder: str | os.PathLike, tokenizer: object = None) -
     What Hugging Face's format lacks is written so that it computes the same: no qkv bias becomes a bias of zero, shared
     key-value heads are repeated. Loaded here again, the model is as it was, cfg included.
 
-    A model with a `norm`, `mlp` or `positions` that GPT-2 does not have is written under our own names: this project
-    opens the folder, bit for bit; transformers refuses it, and a warning says so.
+    A model with a `norm`, `mlp` or `positions` that its GPT-2 cannot have is written under our own names: this project
+    opens the folder, bit for bit; transformers refuses it, and a warning says so. It can have the GELU through erf.
 
     Args:
         folder: made if it is not there.

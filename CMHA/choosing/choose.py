@@ -55,6 +55,11 @@ class AttentionSettings:
         """The settings in a cfg dict; what it leaves out keeps its default, other keys are not ours."""
         return cls().merged(cfg)
 
+    def as_used(self, request: AttentionRequest, training: bool) -> AttentionRequest:
+        """A request as these settings are used: what reads pages is for generation, where a paged cache comes along."""
+        pages = reads_pages(self.requested) and not training
+        return replace(request, paged=True, needs_grad=False) if pages else request
+
     def merged(self, cfg: Mapping) -> "AttentionSettings":
         """These settings with those that `cfg` gives; what it leaves out stays as it is."""
         return replace(self, **{key.name: cfg[key.name] for key in fields(self) if key.name in cfg})
@@ -136,7 +141,8 @@ chosen_once = lru_cache(maxsize=4096)(chosen_anew)
 
 def decide(settings: AttentionSettings, request: AttentionRequest, caller: Caller = OUR_MODELS) -> AttentionChoice:
     """As `choose`, and says nothing: for reports about a request that nobody makes."""
-    requested = settings.requested
+    # Whoever brings a paged cache has named what reads pages; the settings are about all other calls.
+    requested = AUTO if request.paged else settings.requested
     request = replace(request, mps_guard=not settings.disable_mps_fix)
     rejected = []
     for name in candidates(requested, request):
@@ -154,8 +160,7 @@ def decide(settings: AttentionSettings, request: AttentionRequest, caller: Calle
 def candidates(requested: str, request: AttentionRequest) -> tuple[str, ...]:
     """The names to ask, in order."""
     if request.paged:
-        readers = [name for name in IMPLEMENTATIONS if reads_pages(name)]
-        return tuple(readers if requested == AUTO else dict.fromkeys([requested, *readers]))
+        return tuple(name for name in IMPLEMENTATIONS if reads_pages(name))
     if requested == AUTO:
         return FALLBACK_ORDER if request.device == "cuda" else FALLBACK_ORDER[-2:]
     behind = FALLBACK_ORDER.index(requested) + 1 if requested in FALLBACK_ORDER else FALLBACK_ORDER.index("sdpa")
@@ -173,7 +178,7 @@ def reasons_against(name: str, request: AttentionRequest) -> list[Reason]:
 
 def reads_pages(name: str) -> bool:
     """Whether the implementation reads keys and values out of the pages of a paged cache, and nothing else."""
-    return getattr(IMPLEMENTATIONS[name], "READS_PAGES", False)
+    return getattr(IMPLEMENTATIONS.get(name), "READS_PAGES", False)
 
 
 def bind(name: str, settings: AttentionSettings) -> Callable:

@@ -77,7 +77,10 @@ VARIANTS = {"norm": ("layernorm",), "mlp": ("gelu", "gelu_exact"), "positions": 
 
 
 def unlike_gpt2(cfg: Mapping) -> list[str]:
-    """What a cfg has and GPT-2 has not, one phrase each, and no format of others can express; empty: nothing."""
+    """What a cfg has and GPT-2 has not, one phrase each, and no format of others can express; empty: nothing.
+
+    The GELU through erf is not among it: to Hugging Face that is a GPT-2 of another activation_function.
+    """
     return [
         f"{name}={cfg[name]!r}, where GPT-2 has {KEYS[name].default!r}"
         for name, expressible in VARIANTS.items()

@@ -191,7 +191,7 @@ def read_attention(name: str, device: str, cfg: dict, dtype: str) -> tuple[str, 
     On a CPU, what would really be taken; of a GPU, which may not be here, the one that is named, and sdpa for auto.
     """
     asked = canonical_name(name)
-    if asked != AUTO and reads_pages(asked):
+    if reads_pages(asked):
         reason = reasons_against(asked, AttentionRequest(needs_grad=True))[0]
         raise ValueError(f"--attn_implementation {name}: {reason.message}. {reason.remedy}.")
     if device != "cpu":

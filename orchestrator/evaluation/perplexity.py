@@ -133,7 +133,7 @@ def perplexity(
         tokens=len(ids), predicted=predicted, nats=math.fsum(costs), max_length=max_length, stride=stride,
         windows=len(slid), tokens_read=sum(window.end - window.begin for window in slid),
         least_context=least, mean_context=contexts / predicted,
-        by_transformers_loop=transformers(slid, costs), documents=len(documents or ()),
+        by_transformers_loop=transformers_loop(slid, costs), documents=len(documents or ()),
     )  # fmt: skip
 
 
@@ -186,7 +186,7 @@ def costs_of(model, ids: Tensor, some: Sequence[Window], device) -> list[float]:
     return torch.cat(costs).view(len(some), count).sum(dim=1).tolist()
 
 
-def transformers(slid: Sequence[Window], costs: Sequence[float]) -> float:
+def transformers_loop(slid: Sequence[Window], costs: Sequence[float]) -> float:
     """The figure of the loop in transformers' documentation, which weighs windows a little differently.
 
     That loop takes the mean cost of a window's predicted tokens, and weighs it with their number less one: right for

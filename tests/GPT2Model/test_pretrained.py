@@ -324,12 +324,91 @@ def test_a_quantised_model_is_not_saved_as_if_it_were_not(build, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+# --- the GELU through erf: a GPT-2 to Hugging Face, of another activation_function ---------------------
+
+
+def perturbed_of_transformers(perturb, activation: str, **changes) -> transformers.GPT2LMHeadModel:
+    """A GPT-2 as transformers builds it, in float64, in which every weight matters."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "n_positions": 24, "n_embd": 30, "n_head": 5, "n_layer": 2, "bos_token_id": 0}
+    config = transformers.GPT2Config(**sizes, eos_token_id=0, activation_function=activation, **changes)
+    return perturb(transformers.GPT2LMHeadModel(config)).double().eval()
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return (one - other).abs().max().item()
+
+
+@pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    ("activation", "mlp", "other"),
+    [("gelu_new", "gelu", "gelu_exact"), ("gelu_pytorch_tanh", "gelu", "gelu_exact"), ("gelu", "gelu_exact", "gelu")],
+)
+@torch.no_grad()
+def test_a_folder_of_transformers_opens_with_the_gelu_that_its_config_names(
+    activation, mlp, other, untied, perturb, tmp_path, random_ids, caplog
+):
+    theirs, ids = perturbed_of_transformers(perturb, activation, tie_word_embeddings=not untied), random_ids(2, 24)
+    theirs.save_pretrained(tmp_path)
+    expected = theirs(ids).logits
+    with caplog.at_level(logging.WARNING, "GPT2Model"):
+        ours = GPTModel.from_pretrained(tmp_path)
+        GPTModel.from_pretrained(tmp_path, {"mlp": mlp})  # said again
+    assert caplog.text == ""
+    assert ours.cfg["mlp"] == mlp
+    assert apart(ours(ids), expected) < 1e-11
+    asked = GPTModel.from_pretrained(tmp_path, {"mlp": other})  # an explicit wish, as nanoGPT has of OpenAI's weights
+    assert f"says mlp={mlp!r}, and cfg {other!r}: the same weights with another GELU" in caplog.text
+    assert asked.cfg["mlp"] == other
+    assert 1e-6 < apart(asked(ids), expected) < 1e-2 * expected.abs().max()
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 1, "qkv_bias": False}, {"ff_dim": 50, "tie_weights": False}],
+                         ids=str)  # fmt: skip
+@torch.no_grad()
+def test_a_model_with_the_exact_gelu_is_saved_as_a_gpt2_that_transformers_computes_alike(
+    changes, build, tmp_path, random_ids, caplog
+):
+    model, ids = build(mlp="gelu_exact", **changes), random_ids(2, 24)
+    with caplog.at_level(logging.WARNING):
+        model.save_pretrained(tmp_path)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+        again = GPTModel.from_pretrained(tmp_path)
+    assert "GPT2Model" not in {record.name for record in caplog.records}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["model_type"], config["activation_function"]) == ("gpt2", "gelu")
+    assert apart(theirs(ids).logits, model(ids)) < 1e-11
+    assert apart(build(**changes)(ids), model(ids)) > 1e-6
+    assert again.cfg == model.cfg
+    assert same_weights(again, model)
+    theirs.save_pretrained(tmp_path / "back")  # which keeps our dict in its config
+    assert apart(GPTModel.from_pretrained(tmp_path / "back")(ids), model(ids)) < 1e-11
+
+
+def test_a_folder_may_be_opened_with_the_other_gelu_and_a_warning_says_what_that_changes(build, tmp_path, caplog):
+    """The cfg of a preset is complete: passed for a folder, it would change the mathematics unseen."""
+    model = build(mlp="gelu_exact")
+    model.save_pretrained(tmp_path)
+    asked = GPTModel.from_pretrained(tmp_path, build().cfg)
+    assert asked.cfg == build().cfg
+    assert same_weights(asked, model)
+    assert caplog.text.count("the same weights with another GELU, whose logits differ in the fourth digit") == 1
+    message = refused(tmp_path, {"mlp": "gelu", "ff_dim": 50})  # what does not fit is said without it
+    assert "says ff_dim=None, and cfg 50: leave it out of cfg" in message
+    assert "mlp=" not in message
+    assert "ff_dim" not in refused(tmp_path, {"ff_dim": 120, "context_length": 12})  # 4 * emb_dim, as stored
+    assert GPTModel.from_pretrained(tmp_path, {"mlp": "gelu", "ff_dim": 120}).cfg["ff_dim"] == 120
+    assert "says mlp='gelu_exact', and cfg 'swiglu': leave it out" in refused(tmp_path, {"mlp": "swiglu"})
+    assert "'mlp' must be 'gelu' or 'gelu_exact' or 'swiglu'" in refused(tmp_path, {"mlp": "relu"})
+
+
 # --- what is no GPT-2 --------------------------------------------------------------------------------
 
 VARIANTS = {
     "rmsnorm": {"norm": "rmsnorm"},
     "swiglu": {"mlp": "swiglu"},
     "rope": {"positions": "rope"},
+    "rope and the exact gelu": {"positions": "rope", "mlp": "gelu_exact"},
     "all": {"norm": "rmsnorm", "mlp": "swiglu", "positions": "rope", "n_kv_heads": 1},
     "all, untied, without biases": {"norm": "rmsnorm", "mlp": "swiglu", "positions": "rope", "n_kv_heads": 1,
                                     "tie_weights": False, "qkv_bias": False, "ff_dim": 44},
@@ -345,7 +424,7 @@ def test_a_variant_is_saved_under_our_own_names_and_opens_bit_for_bit(
     model, ids = build(dtype, **VARIANTS[variant]), random_ids(2, 24)
     with caplog.at_level(logging.WARNING, "GPT2Model"):
         model.save_pretrained(tmp_path)
-    others = {name: value for name, value in VARIANTS[variant].items() if name in GPT2S}
+    others = {name: value for name, value in VARIANTS[variant].items() if name in GPT2S and value != "gelu_exact"}
     for name, value in others.items():  # every key that is why, in the log and in the file
         phrase = f"{name}={value!r}, where GPT-2 has {GPT2S[name]!r}"
         assert phrase in caplog.text

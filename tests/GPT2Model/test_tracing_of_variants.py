@@ -12,6 +12,7 @@ EPS = torch.finfo(torch.float32).eps
 SIZES = {"vocab_size": 90, "context_length": 32, "emb_dim": 24, "n_heads": 6, "n_layers": 2, "init_std": 0.2}
 CHANGES = {
     "rmsnorm": {"norm": "rmsnorm"},
+    "exact gelu": {"mlp": "gelu_exact"},
     "swiglu": {"mlp": "swiglu"},
     "rope": {"positions": "rope"},
     "grouped": {"n_kv_heads": 2},
@@ -91,7 +92,8 @@ def by_hand(model, ids, padding=(0, 0)) -> dict[str, torch.Tensor]:
             gate = found[f"{of}feed_forward.gate"] = linear(y, f"{of}feed_forward.gate_proj")
             found[f"{of}feed_forward.activated"] = gate / (1 + (-gate).exp()) * hidden
         else:
-            found[f"{of}feed_forward.activated"] = torch.nn.functional.gelu(hidden, approximate="tanh")
+            approximate = "tanh" if cfg["mlp"] == "gelu" else "none"
+            found[f"{of}feed_forward.activated"] = torch.nn.functional.gelu(hidden, approximate=approximate)
         found[f"{of}feed_forward.output"] = linear(found[f"{of}feed_forward.activated"], f"{of}feed_forward.down_proj")
         x = found[f"{of}output"] = x + found[f"{of}feed_forward.output"]
     found["final_norm"] = norm(x, "final_norm")
@@ -126,8 +128,8 @@ def test_the_inside_of_swiglu_is_in_its_order(ids):
 def test_axes_have_the_sizes_of_the_cfg_and_every_value_is_explained(changes, ids):
     sizes = {
         "batch": 2, "tokens": 11, "emb_dim": 24, "n_heads": 6, "n_kv_heads": changes.get("n_kv_heads", 6),
-        "head_dim": 4, "query_tokens": 11, "key_tokens": 11, "ff_dim": 64 if "mlp" in changes else 96,
-        "vocab_size": 90, "qkv": 24 + 2 * 4 * changes.get("n_kv_heads", 6),
+        "head_dim": 4, "query_tokens": 11, "key_tokens": 11, "vocab_size": 90,
+        "ff_dim": 64 if changes.get("mlp") == "swiglu" else 96, "qkv": 24 + 2 * 4 * changes.get("n_kv_heads", 6),
     }  # fmt: skip
     for value in trace(make(attn_implementation="eager", **changes), ids).values.values():
         assert value.about != "what this module gives"
@@ -138,7 +140,8 @@ def test_axes_have_the_sizes_of_the_cfg_and_every_value_is_explained(changes, id
 ABOUT = {  # what is said of a value where the key has this value, and nowhere else
     ("norm", "rmsnorm"): (("blocks.0.norm_1", "blocks.1.norm_2", "final_norm"), "root mean square"),
     ("mlp", "swiglu"): (("blocks.1.feed_forward.activated",), "SiLU(gate) * hidden"),
-    ("mlp", "gelu"): (("blocks.1.feed_forward.hidden", "blocks.1.feed_forward.activated"), "GELU"),
+    ("mlp", "gelu"): (("blocks.1.feed_forward.activated",), "after GELU: what is not negative"),
+    ("mlp", "gelu_exact"): (("blocks.1.feed_forward.activated",), "GELU through erf"),
     ("positions", "rope"): (("blocks.0.attention.queries", "blocks.1.attention.keys"), "turned by its position"),
     ("positions", "learned"): (("embeddings",), "their sum"),
 }
@@ -151,7 +154,7 @@ def test_what_is_said_of_a_value_is_what_this_model_computes(changes, ids):
     for (key, value), (names, words) in ABOUT.items():
         for name in names:
             assert (words in found.values[name].about) == (model.cfg[key] == value), (key, name)
-    assert "GELU" not in str(found) or model.cfg["mlp"] == "gelu"
+    assert ("before GELU" in str(found)) == (model.cfg["mlp"] != "swiglu")
 
 
 def test_values_that_a_variant_does_not_have_say_why(ids):
@@ -200,7 +203,11 @@ def test_diff_says_where_two_models_part_and_what_only_one_has(ids):
     assert rows["blocks.0.feed_forward.gate"] == "only in b"
 
 
+def test_diff_of_the_two_forms_of_gelu_names_what_comes_after_it(ids):
+    assert diff(make(), make(mlp="gelu_exact"), ids).first == "blocks.0.feed_forward.activated"
+
+
 def test_what_is_unlike_gpt2_is_what_the_cfg_says():
-    assert unlike_gpt2(make().cfg) == unlike_gpt2({}) == []
+    assert unlike_gpt2(make().cfg) == unlike_gpt2({}) == unlike_gpt2({"mlp": "gelu_exact"}) == []
     found = unlike_gpt2(make(**CHANGES["all"]).cfg)
     assert [phrase.partition("=")[0] for phrase in found] == list(VARIANTS)

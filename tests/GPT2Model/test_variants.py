@@ -41,6 +41,7 @@ EVERY = {
     for count in range(5)
     for names in itertools.combinations(CHANGES, count)
 }
+EXACT = {"alone": SHAPE, "among others": together("grouped heads", "rmsnorm", "rope")}  # and the GELU through erf
 each = pytest.mark.parametrize("kind", ALONE)
 IN_FLOAT64 = ("eager", "sdpa", "flash_tiled")
 
@@ -84,6 +85,8 @@ def written_out(w: dict[str, torch.Tensor], cfg: dict, ids: torch.Tensor) -> tor
         if cfg["mlp"] == "swiglu":
             gate = x @ w[f"{name}.gate_proj.weight"].T
             return linear(gate / (1 + torch.exp(-gate)) * up, f"{name}.down_proj")
+        if cfg["mlp"] == "gelu_exact":
+            return linear(0.5 * up * (1 + torch.erf(up / math.sqrt(2))), f"{name}.down_proj")
         bent = 0.5 * up * (1 + torch.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
         return linear(bent, f"{name}.down_proj")
 
@@ -147,6 +150,39 @@ def test_no_two_combinations_are_the_same_model(build, random_ids):
     logits = [build(**changes)(ids) for changes in EVERY.values()]
     for one, other in itertools.combinations(logits, 2):
         assert (one - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_with_the_exact_gelu_logits_gradients_and_greedy_texts_are_the_formulas(kind, build, random_ids):
+    exact = {**EXACT[kind], "mlp": "gelu_exact", "tie_weights": False}
+    model, ids = build(**exact), random_ids(2, 19)
+    weights = {name: w.detach().clone().requires_grad_() for name, w in model.state_dict().items()}
+    expected = torch.stack([written_out(weights, model.cfg, row) for row in ids])
+    for name in IN_FLOAT64:
+        with model.using_attention(name):
+            torch.testing.assert_close(model(ids), expected, atol=1e-11, rtol=0)
+    model(ids).square().mean().backward()
+    expected.square().mean().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, weights[name].grad, atol=1e-11, rtol=0, msg=name)
+    text = ids
+    for _ in range(5):
+        last = torch.stack([alone(model, row)[-1] for row in text])
+        text = torch.cat([text, last.argmax(-1)[:, None]], dim=1)
+    assert torch.equal(generate(model, ids, 5), text)
+    assert torch.equal(generate(model, ids, 5, use_cache=False), text)
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_one_seed_gives_one_state_dict_for_both_forms_of_gelu(kind, build, random_ids):
+    """It decides no weight, and so each loads the other's; what they compute differs, and by more than rounding."""
+    usual, exact = (build(**EXACT[kind], mlp=mlp) for mlp in ("gelu", "gelu_exact"))
+    assert list(usual.state_dict()) == list(exact.state_dict())
+    assert all(torch.equal(tensor, exact.state_dict()[name]) for name, tensor in usual.state_dict().items())
+    exact.load_state_dict(usual.state_dict())
+    ids = random_ids(2, 24)
+    difference = (exact(ids) - usual(ids)).abs().max()
+    assert 1e-6 < difference < 1e-2 * usual(ids).abs().max()
 
 
 @each
@@ -338,6 +374,8 @@ def test_each_change_adds_and_removes_its_own_weights_and_no_other():
     assert shapes(mlp="swiglu") == {name: s for name, s in gpt2.items() if inside not in name} | swiglu
     assert shapes(mlp="swiglu", ff_dim=44)[f"{inside}.gate_proj.weight"] == (44, 36)
     assert shapes(ff_dim=44)[f"{inside}.up_proj.weight"] == (44, 36)
+    assert shapes(mlp="gelu_exact") == gpt2
+    assert shapes(mlp="gelu_exact", ff_dim=44) == shapes(ff_dim=44)
 
 
 def test_a_gpt2_checkpoint_does_not_load_into_another_model_in_silence():

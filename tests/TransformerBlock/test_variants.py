@@ -1,4 +1,6 @@
-"""RMSNorm and SwiGLU are the papers' formulas and Llama's layers, and a cfg gets the parts that it names."""
+"""RMSNorm, SwiGLU and the exact GELU are the papers' formulas, and a cfg gets the parts that it names."""
+
+import math
 
 import pytest
 import torch
@@ -8,9 +10,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from CMHA.rotary import RotaryPositions
 from TransformerBlock import variants
-from TransformerBlock.layers import FeedForward, LayerNorm
+from TransformerBlock.layers import GELU, FeedForward, LayerNorm
 from TransformerBlock.transformer_block import TransformerBlock
-from TransformerBlock.variants import NoPositionEmbedding, RMSNorm, SwiGLU, swiglu_width
+from TransformerBlock.variants import NoPositionEmbedding, RMSNorm, SwiGLU, exact_feed_forward, swiglu_width
 
 MINIMAL = {"emb_dim": 30, "n_heads": 5, "context_length": 16}
 
@@ -77,6 +79,33 @@ def test_a_token_of_zeros_stays_zero_with_a_finite_gradient():
     assert torch.isfinite(x.grad).all()
 
 
+# --- the exact GELU ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ff_dim", "width"), [(None, 120), (50, 50)])
+def test_the_exact_layer_is_gpt2_s_with_erf_and_takes_the_same_weights(ff_dim, width):
+    torch.manual_seed(0)
+    cfg = {"emb_dim": 30, "ff_dim": ff_dim}
+    exact, usual = exact_feed_forward(cfg).double(), FeedForward(cfg).double()
+    assert exact.up_proj.weight.shape == exact.down_proj.weight.T.shape == (width, 30)
+    assert list(exact.state_dict()) == list(usual.state_dict())
+    usual.load_state_dict(exact.state_dict())
+    x = 3 * numbers(2, 5, 30)
+    hidden = x @ exact.up_proj.weight.T + exact.up_proj.bias
+    bent = [0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in hidden.flatten().tolist()]
+    bent = torch.tensor(bent, dtype=torch.float64).view_as(hidden)
+    formula = bent @ exact.down_proj.weight.T + exact.down_proj.bias
+    torch.testing.assert_close(exact(x), formula, atol=1e-12, rtol=0)
+    assert 1e-5 < (exact(x) - usual(x)).abs().max() < 1e-2
+
+
+def test_the_two_forms_are_nowhere_more_than_5e_4_apart():
+    x = torch.linspace(-12, 12, 100_001, dtype=torch.float64)
+    gap = (exact_feed_forward(MINIMAL).gelu(x) - GELU()(x)).abs()
+    assert 4e-4 < gap.max() < 5e-4
+    assert gap[x.abs() > 6].max() < 1e-8  # far from zero both let all through, or nothing
+
+
 # --- SwiGLU --------------------------------------------------------------------------------------------------
 
 
@@ -127,6 +156,7 @@ def test_gpt2_s_parts_are_handed_out_where_the_cfg_says_so_or_nothing(missing):
     cfg = MINIMAL if missing else {**MINIMAL, "norm": "layernorm", "mlp": "gelu", "positions": "learned"}
     assert type(variants.norm(cfg)) is LayerNorm
     assert type(variants.feed_forward(cfg)) is FeedForward
+    assert type(variants.feed_forward(cfg).gelu) is GELU
     assert variants.rotary(cfg) is None
     table = variants.position_embedding(cfg)
     assert type(table) is nn.Embedding
@@ -148,6 +178,15 @@ def test_the_other_parts_are_handed_out_where_it_names_them():
     assert block.attention.rotary.head_dim == 6
 
 
+def test_a_block_with_the_exact_gelu_has_all_else_of_gpt2_s():
+    block, usual = TransformerBlock({**MINIMAL, "mlp": "gelu_exact"}), TransformerBlock(MINIMAL)
+    assert type(block.feed_forward) is FeedForward
+    assert type(block.feed_forward.gelu) is nn.GELU
+    assert block.feed_forward.gelu.approximate == "none"
+    ours, theirs = ({name: tensor.shape for name, tensor in one.state_dict().items()} for one in (block, usual))
+    assert ours == theirs
+
+
 def test_with_rotary_positions_nothing_is_added_to_the_embeddings():
     nothing = variants.position_embedding({**MINIMAL, "positions": "rope"})
     assert type(nothing) is NoPositionEmbedding
@@ -162,9 +201,10 @@ def test_with_rotary_positions_nothing_is_added_to_the_embeddings():
     ("key", "value", "expected"),
     [
         ("norm", "rms", r"'norm' must be 'layernorm' or 'rmsnorm', got 'rms'\. Did you mean 'rmsnorm'"),
-        ("mlp", "SwiGLU", r"'mlp' must be 'gelu' or 'swiglu', got 'SwiGLU'"),
+        ("mlp", "SwiGLU", r"'mlp' must be 'gelu' or 'gelu_exact' or 'swiglu', got 'SwiGLU'"),
         ("positions", "rotary", r"'positions' must be 'learned' or 'rope', got 'rotary'"),
         ("norm", None, r"'norm' must be .*, got None"),
+        ("mlp", "gelu_exakt", r"Did you mean 'gelu_exact'"),
         ("mlp", ["gelu"], r"'mlp' must be .*, got \['gelu'\]"),
     ],
 )

@@ -4,12 +4,14 @@ The other models are written out anew in this file, with their names and their a
 """
 
 import json
+import logging
 import math
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -193,7 +195,8 @@ def nanogpt_weights(layers=2, width=30, vocabulary=61, context=24) -> dict[str, 
     return {name: weight.double() for name, weight in weights.items()}
 
 
-def nanogpt_logits(w: dict[str, torch.Tensor], ids: torch.Tensor, heads=5) -> torch.Tensor:
+def nanogpt_logits(w: dict[str, torch.Tensor], ids: torch.Tensor, heads=5, gelu="none") -> torch.Tensor:
+    """gelu: "none", through erf, as since May 2023; "tanh", as before, and as in OpenAI's GPT-2."""
     B, T = ids.shape
     width = w["transformer.wte.weight"].shape[1]
     layers = sum(name.endswith("attn.c_attn.weight") for name in w)
@@ -215,7 +218,7 @@ def nanogpt_logits(w: dict[str, torch.Tensor], ids: torch.Tensor, heads=5) -> to
         scores = scores.masked_fill(w[f"{block}.attn.bias"][:, :, :T, :T] == 0, -torch.inf)
         mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, width)
         x = x + linear(mixed, f"{block}.attn.c_proj")
-        inner = F.gelu(linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc"), approximate="tanh")
+        inner = F.gelu(linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc"), approximate=gelu)
         x = x + linear(inner, f"{block}.mlp.c_proj")
     return norm(x, "transformer.ln_f") @ w["lm_head.weight"].T
 
@@ -230,10 +233,12 @@ def test_a_model_of_nanogpt_gives_its_own_logits_here(prefix, wrapped, tmp_path,
     stored = {f"{prefix}{name}": weight for name, weight in weights.items()}
     checkpoint = {"model": stored, "optimizer": {}, "iter_num": 5, "model_args": {"n_layer": 2}} if wrapped else stored
     torch.save(checkpoint, tmp_path / "ckpt.pt")
-    model = GPTModel.from_pretrained(tmp_path / "ckpt.pt", NANO)
-    assert model.cfg["tie_weights"] is True
-    ids = random_ids(2, 24)
-    torch.testing.assert_close(model(ids), nanogpt_logits(weights, ids), atol=1e-11, rtol=0)
+    for mlp, gelu in (("gelu_exact", "none"), ("gelu", "tanh")):  # the cfg decides
+        model = GPTModel.from_pretrained(tmp_path / "ckpt.pt", {**NANO, "mlp": mlp})
+        assert model.cfg["tie_weights"] is True
+        assert model.cfg["mlp"] == mlp
+        ids = random_ids(2, 24)
+        torch.testing.assert_close(model(ids), nanogpt_logits(weights, ids, gelu=gelu), atol=1e-11, rtol=0)
 
 
 ARGS = {"n_layer": 2, "n_head": 5, "n_embd": 30, "block_size": 24, "vocab_size": 61, "dropout": 0.1, "bias": True}
@@ -257,7 +262,7 @@ def test_a_checkpoint_of_nanogpt_brings_its_own_cfg(way, tmp_path, random_ids):
         source = tmp_path / "ckpt.pt" if way == "file" else tmp_path
     model = GPTModel.from_pretrained(source)
     sizes = {"vocab_size": 61, "context_length": 24, "emb_dim": 30, "n_heads": 5, "n_layers": 2, "drop_rate": 0.1}
-    assert model.cfg == complete(sizes)
+    assert model.cfg == complete({**sizes, "mlp": "gelu_exact"})
     torch.testing.assert_close(model(ids), nanogpt_logits(weights, ids), atol=1e-11, rtol=0)
     assert GPTModel.from_pretrained(source, {"drop_rate": 0.0, "use_flash": False}).cfg["drop_rate"] == 0.0
     with pytest.raises(ValueError, match=r"says n_heads=5, and cfg 3: leave it out of cfg"):
@@ -273,15 +278,18 @@ def test_a_nanogpt_without_biases_opens_exactly_with_biases_of_zero(said, tmp_pa
     weights, ids = nanogpt_weights(), random_ids(2, 24)
     zero = {n: torch.zeros_like(w) if n.endswith(".bias") and ".attn.bias" not in n else w for n, w in weights.items()}
     bare = {name: w for name, w in weights.items() if not name.endswith(".bias") or ".attn.bias" in name}
-    source, cfg = (checkpoint(bare, bias=False), None) if said == "by model_args" else (bare, NANO)
+    exact = {**NANO, "mlp": "gelu_exact"}
+    source, cfg = (checkpoint(bare, bias=False), None) if said == "by model_args" else (bare, exact)
     if said == "by cfg":
-        cfg = {**NANO, "qkv_bias": False}
+        cfg = {**exact, "qkv_bias": False}
     model = GPTModel.from_pretrained(source, cfg)
     assert model.cfg["qkv_bias"] is (said == "not at all")
     expected = nanogpt_logits(zero, ids)
     torch.testing.assert_close(model(ids), expected, atol=1e-11, rtol=0)
     model.save_pretrained(tmp_path)  # and goes out as a GPT-2 whose biases are zero
     torch.testing.assert_close(GPTModel.from_pretrained(tmp_path)(ids), expected, atol=1e-11, rtol=0)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    torch.testing.assert_close(theirs(ids).logits, expected, atol=1e-11, rtol=0)
     one = {**bare, "transformer.ln_f.bias": weights["transformer.ln_f.bias"]}  # some biases are no model of nanoGPT's
     with pytest.raises(ValueError, match=r"blocks 0 and 1: norm_1\.bias is missing"):
         GPTModel.from_pretrained(one, NANO)
@@ -302,19 +310,50 @@ def test_a_checkpoint_whose_model_args_are_not_whole_or_not_nanogpt_s_is_refused
         GPTModel.from_pretrained(checkpoint(weights, rotary=True))
 
 
-def test_the_gelu_of_today_s_nanogpt_is_another_and_the_log_says_so(monkeypatch, caplog, random_ids):
-    """Through erf, since May 2023; no checkpoint says which. Here it is GPT-2's, through tanh."""
-    weights, ids = nanogpt_weights(), random_ids(2, 24)
-    model = GPTModel.from_pretrained(checkpoint(weights))
-    assert "has the layout of nanoGPT, which since May 2023 computes GELU through erf" in caplog.text
-    torch.testing.assert_close(model(ids), nanogpt_logits(weights, ids), atol=1e-11, rtol=0)
-    monkeypatch.setattr(F, "gelu", lambda x, approximate, exact=F.gelu: exact(x))
-    today = nanogpt_logits(weights, ids)
-    monkeypatch.undo()
-    assert 1e-5 < (today - model(ids)).abs().max() < 1e-3 * today.abs().max()
+LAYOUT = "has the layout of nanoGPT, whose GELU is by erf since May 2023 (mlp='gelu_exact') and was GPT-2's, by tanh"
+
+
+def opened(source, cfg, caplog) -> tuple[GPTModel, str]:
+    """The model, and the line about its GELU."""
     caplog.clear()
-    GPTModel.from_pretrained(model.state_dict(), model.cfg)
+    with caplog.at_level(logging.INFO, "GPT2Model"):
+        model = GPTModel.from_pretrained(source, cfg)
+    (line,) = [record for record in caplog.records if record.name == "GPT2Model"]
+    assert line.levelname == "INFO"
+    assert LAYOUT in line.getMessage()
+    return model, line.getMessage()
+
+
+def test_a_checkpoint_of_nanogpt_has_the_exact_gelu_unless_the_cfg_asks_for_the_older(caplog, random_ids):
+    """No checkpoint says which of the two it was trained with; one line does, and how to have the other."""
+    weights, ids = nanogpt_weights(), random_ids(2, 24)
+    today, older = nanogpt_logits(weights, ids), nanogpt_logits(weights, ids, gelu="tanh")
+    assert (today - older).abs().max() > 1e-5
+    model, line = opened(checkpoint(weights), None, caplog)
+    assert line.endswith("This model computes mlp='gelu_exact'; cfg={'mlp': 'gelu'} opens it as the other.")
+    torch.testing.assert_close(model(ids), today, atol=1e-11, rtol=0)
+    model, line = opened(checkpoint(weights), {"mlp": "gelu"}, caplog)
+    assert line.endswith("This model computes mlp='gelu'; cfg={'mlp': 'gelu_exact'} opens it as the other.")
+    torch.testing.assert_close(model(ids), older, atol=1e-11, rtol=0)
+
+
+def test_of_nanogpt_s_weights_alone_the_cfg_decides_and_one_that_says_nothing_means_gpt2_s(caplog, random_ids):
+    """They may be of another project with the same names; what a missing key means is in the table of keys."""
+    weights, ids = nanogpt_weights(), random_ids(2, 24)
+    for cfg, gelu in ((NANO, "tanh"), (NANO | {"mlp": "gelu"}, "tanh"), (NANO | {"mlp": "gelu_exact"}, "none")):
+        model, line = opened(weights, cfg, caplog)
+        assert f"This model computes mlp={model.cfg['mlp']!r};" in line
+        torch.testing.assert_close(model(ids), nanogpt_logits(weights, ids, gelu=gelu), atol=1e-11, rtol=0)
+
+
+def test_nothing_is_said_of_nanogpt_where_the_weights_have_another_layout(caplog, build, tmp_path):
+    build(mlp="gelu_exact").save_pretrained(tmp_path)
+    with caplog.at_level(logging.INFO, "GPT2Model"):
+        GPTModel.from_pretrained(tmp_path)
+        GPTModel.from_pretrained(build().state_dict(), build().cfg)
     assert "nanoGPT" not in caplog.text
+    with pytest.raises(ValueError, match=r"says mlp='gelu_exact', and cfg 'swiglu': leave it out of cfg"):
+        GPTModel.from_pretrained(checkpoint(nanogpt_weights()), {"mlp": "swiglu"})
 
 
 @pytest.mark.parametrize("masks", [(), ("attn.bias",), ("attn.bias", "attn.masked_bias")], ids=str)
@@ -337,7 +376,10 @@ def test_openai_s_own_files_without_the_prefix_and_with_mask_buffers_open(masks,
     (tmp_path / "config.json").write_text(json.dumps(config))
     ids = random_ids(2, 24)
     torch.testing.assert_close(
-        GPTModel.from_pretrained(tmp_path)(ids), nanogpt_logits(weights, ids), atol=2e-5 if masks else 1e-11, rtol=0
+        GPTModel.from_pretrained(tmp_path)(ids),
+        nanogpt_logits(weights, ids, gelu="tanh"),
+        atol=2e-5 if masks else 1e-11,
+        rtol=0,
     )
 
 
@@ -353,7 +395,7 @@ PUBLISHED = {  # config.json of gpt2 on the hub
 }  # fmt: skip
 GPT2 = complete({"vocab_size": 50257, "context_length": 1024, "emb_dim": 768, "n_heads": 12, "n_layers": 12})
 IGNORED = {
-    "activation_function": "gelu", "layer_norm_epsilon": 1e-6, "scale_attn_by_inverse_layer_idx": True,
+    "activation_function": "relu", "layer_norm_epsilon": 1e-6, "scale_attn_by_inverse_layer_idx": True,
     "scale_attn_weights": False, "add_cross_attention": True, "model_type": "llama", "rope_theta": 10000.0,
     "is_encoder_decoder": True, "quantization_config": {"bits": 4},
 }  # fmt: skip
@@ -368,8 +410,6 @@ def test_the_published_config_of_gpt2_is_the_preset():
 
 
 def test_every_field_that_transformers_writes_today_is_understood():
-    import transformers
-
     for config in (transformers.GPT2Config().to_dict(), transformers.GPT2Config().to_diff_dict()):
         assert read(config) == GPT2
     config = transformers.GPT2Config(
@@ -408,8 +448,8 @@ def test_unknown_fields_that_are_off_do_no_harm_and_differing_dropouts_can_be_de
 def test_our_own_folder_is_refused_too_once_its_config_asks_for_something_else(build, tmp_path):
     build().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "activation_function": "gelu"}))
-    with pytest.raises(ValueError, match="activation_function = 'gelu'"):
+    (tmp_path / "config.json").write_text(json.dumps({**config, "activation_function": "relu"}))
+    with pytest.raises(ValueError, match="activation_function = 'relu'"):
         GPTModel.from_pretrained(tmp_path)
 
 

@@ -200,7 +200,7 @@ def test_all_wrong_numbers_are_said_at_once():
         "--dtype must be one of auto, fp32, bf16, fp16, got 'int8'",
         "--tokens_per_second must be a number, 0 or more, got '-1'",
         "--norm must be layernorm or rmsnorm, got 'batchnorm'",
-        "--mlp must be gelu or swiglu, got 'relu'",
+        "--mlp must be gelu or gelu_exact or swiglu, got 'relu'",
         "--positions must be learned or rope, got 'alibi'",
         "--n_kv_heads must be a whole number, 1 or more, got 'half'",
     ):

@@ -83,7 +83,7 @@ def test_variants_that_do_not_exist_or_do_not_fit_are_all_named(capsys):
     wrong = ("--norm", "batchnorm", "--mlp", "relu", "--positions", "alibi", "--n_kv_heads", "0")
     assert experiment("quick", *wrong) == 2
     said = capsys.readouterr().err
-    for words in ("--norm must be layernorm or rmsnorm", "--mlp must be gelu or swiglu",
+    for words in ("--norm must be layernorm or rmsnorm", "--mlp must be gelu or gelu_exact or swiglu",
                   "--positions must be learned or rope", "--n_kv_heads must be a whole number, 1 or more"):  # fmt: skip
         assert words in said
     assert experiment("quick", "--n_kv_heads", "3") == 2

@@ -29,6 +29,7 @@ VARIANTS = [
     {"n_kv_heads": 2},
     {"n_kv_heads": 1, "qkv_bias": False, "ff_dim": 12},
     {"norm": "rmsnorm"},
+    {"mlp": "gelu_exact"},
     {"mlp": "swiglu"},
     {"mlp": "swiglu", "ff_dim": 77, "tie_weights": False},
     {"positions": "rope"},

@@ -77,6 +77,8 @@ CASES = {
     "wide sdpa narrow feed-forward": TrainingStep(WIDE | {"ff_dim": 100}, 8, 128),
     "wide sdpa rmsnorm": TrainingStep(WIDE | {"norm": "rmsnorm"}, 8, 128),
     "wide sdpa bf16 rmsnorm": TrainingStep(WIDE | {"norm": "rmsnorm"}, 8, 128, "bf16"),
+    "wide sdpa exact gelu": TrainingStep(WIDE | {"mlp": "gelu_exact"}, 8, 128),
+    "wide sdpa bf16 exact gelu checkpoint": TrainingStep(WIDE | {"mlp": "gelu_exact"}, 8, 128, "bf16", **CHECKPOINT),
     "wide sdpa swiglu": TrainingStep(WIDE | {"mlp": "swiglu"}, 8, 128),
     "wide sdpa bf16 swiglu checkpoint": TrainingStep(WIDE | {"mlp": "swiglu"}, 8, 128, "bf16", **CHECKPOINT),
     "wide sdpa wide swiglu checkpoint": TrainingStep(WIDE | {"mlp": "swiglu", "ff_dim": 384}, 8, 128, **CHECKPOINT),

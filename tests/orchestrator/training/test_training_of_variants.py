@@ -24,7 +24,7 @@ from tests.orchestrator.training import small_runs
 from tests.orchestrator.training.small import UnequalRows, recipe, same, small_model
 
 ALL = {"norm": "rmsnorm", "mlp": "swiglu", "positions": "rope", "n_kv_heads": 1}
-CHANGES = {**{name: {name: value} for name, value in ALL.items()}, "all": ALL}
+CHANGES = {**{name: {name: value} for name, value in ALL.items()}, "exact gelu": {"mlp": "gelu_exact"}, "all": ALL}
 SENTENCES = "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals. " * 60
 SMALL = {"n_layers": 1, "n_heads": 2, "emb_dim": 16, "max_length": 16, "device": "cpu", "dtype": "fp32",
          "batch_size": 4, "max_steps": 6, "eval_steps": 3, "save_steps": 2, "dataset": "night.txt", "tokenizer": "char",
@@ -223,7 +223,7 @@ def test_a_checkpoint_goes_on_bit_by_bit_and_is_a_folder_that_opens(tmp_path, ch
     assert small_runs.go_on(again).of == {step: whole.of[step] for step in range(9, 13)}
     opened = GPTModel.from_pretrained(find(tmp_path))
     kind = json.loads((find(tmp_path) / "config.json").read_text())["model_type"]
-    assert kind == ("gpt2" if changes == {"n_kv_heads": 1} else "gpt2-from-scratch")
+    assert kind == ("gpt2" if changes in ({"n_kv_heads": 1}, {"mlp": "gelu_exact"}) else "gpt2-from-scratch")
     assert opened.cfg == state.model.cfg
     ids = torch.arange(16)[None]
     with torch.no_grad():
