@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 from CMHA import transformers_masks
 from CMHA.choosing import AttentionChoice, AttentionSettings, choose
-from CMHA.choosing.choose import Caller, warn_of_fallback
+from CMHA.choosing.choose import Caller, reads_pages, warn_of_fallback
 from CMHA.implementations import IMPLEMENTATIONS
 from CMHA.masks import AttentionMask
 from CMHA.request import AttentionRequest, Reason
@@ -56,8 +56,9 @@ _strict = [False]  # the last `strict` that was given
 
 def transformers_names() -> dict[str, str]:
     """{the name for transformers: our canonical name}, for every implementation of the registry."""
-    names = {PREFIX + short_name(name, module.ALIASES): name for name, module in IMPLEMENTATIONS.items()}
-    assert len(names) == len(IMPLEMENTATIONS), f"two implementations share a name: {names}"
+    ours = {name: module for name, module in IMPLEMENTATIONS.items() if not reads_pages(name)}  # whose cache is ours
+    names = {PREFIX + short_name(name, module.ALIASES): name for name, module in ours.items()}
+    assert len(names) == len(ours), f"two implementations share a name: {names}"
     assert not any("flash" in name or "flex_attention" in name for name in names), f"not for transformers: {names}"
     return names
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,9 @@ class Completion:
         prompt_ids: what was read.
         ids: what was written. A stop token, and tokens that hold a stop string, are still in it.
         text: of `ids`, without the stop token and cut before the stop string; None: there was no tokenizer.
-        finish_reason: "stop": a stop token or a stop string came; "length": max_new_tokens did; "cancelled".
+        finish_reason: "stop": a stop token or a stop string came; "length": max_new_tokens did; "cancelled"; "error".
         logprobs: one for each of `ids`; None: nobody asked.
+        error: what went wrong with this text, in the engine; None: nothing.
     """
 
     prompt_ids: list[int]
@@ -46,6 +47,7 @@ class Completion:
     text: str | None
     finish_reason: FinishReason
     logprobs: list[TokenLogprobs] | None = None
+    error: str | None = None
 
 
 def token_logprobs(logits: Float[Tensor, "vocab_size"], chosen: int, top: int) -> TokenLogprobs:

@@ -6,10 +6,10 @@ if asked, lets the window slide: every token's position changes, the cache is wo
 context_length tokens again. How a token is picked: `GPT2Model/sampling.py`. From text to text: `text_generation.py`.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,7 +18,7 @@ from torch import Tensor
 from CMHA.kv_cache import KVCache
 from CMHA.masks import check_padding_mask
 from GPT2Model.paged_forward import PagedRows
-from GPT2Model.sampling import Sampler, Sampling, filtered_probabilities, sample
+from GPT2Model.sampling import Sampler, Sampling, check_numbers, filtered_probabilities, sample
 
 __all__ = ["filtered_probabilities", "generate", "make_cache", "next_logits", "sample"]
 PAST_CONTEXT = ("error", "slide")
@@ -70,8 +70,9 @@ def generate(
     Returns:
         (B, T + n) ids, the prompts included; n <= max_new_tokens, fewer only if every row stopped.
     Raises:
-        ValueError: every argument that makes no sense, at once.
+        TypeError: what is no model. ValueError: every other argument that makes no sense, at once; or logits of NaN.
     """
+    check_model(model)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     stops = as_set(stop_tokens)
     problems = problems_of(model, ids, max_new_tokens, sampling, stops, pad_token, padding_mask, past_context)
@@ -130,6 +131,7 @@ def pick(
     logits: Float[Tensor, "batch vocab_size"], ids: Tensor, padding_mask: Tensor | None, samplers: Sequence[Sampler]
 ) -> Int[Tensor, "batch"]:
     """Each row's next token. All rows share one distribution's settings, and each draws from its own generator."""
+    check_numbers(logits)
     sampling = samplers[0].sampling
     if sampling.repetition_penalty != 1:
         read = ids if padding_mask is None else [row[real] for row, real in zip(ids, padding_mask, strict=True)]
@@ -168,17 +170,45 @@ def evaluating(model) -> Iterator[None]:
 
 def as_set(stop_tokens: int | Collection[int]) -> set:
     """Stop tokens, however they were given."""
-    alone = isinstance(stop_tokens, Integral | str) or (isinstance(stop_tokens, Tensor) and stop_tokens.ndim == 0)
-    return {
-        int(one) if isinstance(one, Integral | Tensor) else one for one in ([stop_tokens] if alone else stop_tokens)
-    }
+    if isinstance(stop_tokens, Tensor):
+        stop_tokens = stop_tokens.tolist()
+    alone = isinstance(stop_tokens, str) or not isinstance(stop_tokens, Iterable)
+    given = [as_number(one) for one in ([stop_tokens] if alone else stop_tokens)]
+    # What is no number is refused by problems_of(), in words: here it need only fit into a set.
+    return {one if isinstance(one, Hashable) else repr(one) for one in given}
+
+
+def as_number(one: object) -> object:
+    """A whole number as an int, of whatever type it was; anything else as it is."""
+    if isinstance(one, Tensor) and one.numel() == 1:
+        one = one.item()
+    return int(one) if isinstance(one, Integral) else one
+
+
+def check_model(model) -> None:
+    """Raise TypeError for what cannot be a GPTModel: arguments that were swapped, say, or a path."""
+    if not hasattr(model, "cfg") or not hasattr(model, "blocks"):
+        raise TypeError(
+            f"the model comes first and must be a GPTModel, got {type(model).__name__}: "
+            "GPTModel.from_pretrained(FOLDER) opens one. The order is (model, ids, max_new_tokens) in generate(), and (model, tokenizer, prompts, "
+            "max_new_tokens) in generate_text()."
+        )
+
+
+def problems_of_sampling(sampling: object) -> list[str]:
+    """What is wrong with the settings of the draws, or with what was passed in their place."""
+    if isinstance(sampling, Sampling):
+        return sampling.problems()
+    number = isinstance(sampling, Real) and not isinstance(sampling, bool)
+    like = f"Sampling(temperature={sampling if number else 0.8})"
+    return [f"sampling must be a Sampling, got {sampling!r}: pass {like}."]
 
 
 def problems_of(
     model, ids, max_new_tokens, sampling: Sampling, stops: set, pad_token=None, padding_mask=None, past_context="error"
 ) -> list[str]:
     """Everything wrong with a call of generate(), one sentence each; empty: nothing. Nothing is computed."""
-    problems, vocab_size = sampling.problems(), model.cfg["vocab_size"]
+    problems, vocab_size = problems_of_sampling(sampling), model.cfg["vocab_size"]
     if not isinstance(max_new_tokens, Integral) or isinstance(max_new_tokens, bool) or max_new_tokens < 0:
         problems.append(f"max_new_tokens must be a whole number, 0 or more, got {max_new_tokens!r}.")
         max_new_tokens = 0
@@ -190,10 +220,8 @@ def problems_of(
     if past_context not in PAST_CONTEXT:
         problems.append(f'past_context must be "error" or "slide", got {past_context!r}.')
     if not isinstance(ids, Tensor):
-        return [
-            *problems,
-            f"ids must be a tensor (B, T), got {type(ids).__name__}: torch.tensor(ids); one text is [ids].",
-        ]
+        remedy = "torch.tensor([tokenizer.encode(text)])" if isinstance(ids, str) else "torch.tensor(ids)"
+        return [*problems, f"ids must be a tensor (B, T), got {type(ids).__name__}: {remedy}; one text is [ids]."]
     if ids.dtype not in (torch.int64, torch.int32):
         problems.append(f"ids must be whole numbers (int64), got {ids.dtype}: ids.long()?")
     elif ids.numel() and not 0 <= ids.min() <= ids.max() < vocab_size:
@@ -222,13 +250,20 @@ def problems_of(
     return problems
 
 
-def too_long(prompt: int, new: int, context_length: int) -> list[str]:
-    """The one problem of a text that outgrows the context, in tokens; empty: it fits."""
+def too_long(prompt: int, new: int, context_length: int, which: str = "") -> list[str]:
+    """The one problem of a text that outgrows the context, in tokens; empty: it fits. which: "prompt 2 of 3: "."""
     if prompt + new <= context_length:
         return []
     room = context_length - prompt
-    fits = f"at most {room} new tokens fit" if room > 0 else f"leave out {1 - room} of its tokens at least"
+    fits = f"at most {counted(room, 'new token')} fit{'s' * (room == 1)}"
+    if room <= 0:
+        fits = f"leave out {1 - room} of its tokens at least"
     return [
-        f"a prompt of {prompt} tokens and {new} new ones are more than context_length={context_length}: {fits}. Or "
+        f"{which}a prompt of {counted(prompt, 'token')} and {counted(new, 'new one')} are more than "
+        f"context_length={context_length}: {fits}. Or "
         'past_context="slide": each step reads the last context_length tokens anew; slower, and an approximation.'
     ]
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"

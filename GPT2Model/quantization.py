@@ -85,7 +85,17 @@ class Int8Linear(nn.Module):
         raise ValueError("an int8 model takes no state dict: load it into a GPTModel, and quantise that one.")
 
 
-def quantize_int8(model: GPTModel) -> GPTModel:
+class Int8GPTModel(GPTModel):
+    """What `quantize_int8` makes. It refuses `train()` as a whole: its layers alone would refuse only when the
+    embeddings and some blocks had changed their mode, and dropout would be on in them."""
+
+    def train(self, mode: bool = True) -> "Int8GPTModel":
+        if mode:
+            raise ValueError(UNTRAINABLE)
+        return super().train(mode)
+
+
+def quantize_int8(model: GPTModel) -> Int8GPTModel:
     """A copy of a model whose blocks and head have int8 weights; the model itself is unchanged.
 
     Why not the token embedding: of that a row is looked up, not the whole matrix multiplied, so it costs no time. It
@@ -108,6 +118,7 @@ def quantize_int8(model: GPTModel) -> GPTModel:
     # What deepcopy finds in its memo it takes as copied already: the float weights are never there twice.
     memo = {id(layer): Int8Linear(layer.weight, layer.bias) for layer in layers.values()}
     quantized = copy.deepcopy(model, memo).requires_grad_(False).eval()
+    quantized.__class__ = Int8GPTModel  # to construct one would take the memory of its float weights
     quantized.cfg["tie_weights"] = False
     return quantized
 

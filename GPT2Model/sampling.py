@@ -77,6 +77,13 @@ RULES = {
 }
 
 
+GREEDY = Sampling()
+NO_NUMBERS = (
+    "the model's logits are NaN or infinite: its weights are, or its dtype is too short for it (float16 ends at 65,504). "
+    "Take float32, or another checkpoint."
+)
+
+
 class Sampler:
     """One sequence's choices. It draws from a generator of its own, so nothing else in a batch changes what it gets.
 
@@ -110,6 +117,12 @@ class Sampler:
     def draw(self, probabilities: Float[Tensor, "vocab_size"]) -> int:
         """One id, as often as its probability says."""
         return int(torch.multinomial(probabilities, 1, generator=self.generator))
+
+
+def check_numbers(logits: Tensor) -> None:
+    """Raise ValueError where a row of logits has NaN or infinity: greedy would write some token, and a draw fail."""
+    if not bool(logits.amax(dim=-1).isfinite().all()):  # NaN is the largest of all
+        raise ValueError(NO_NUMBERS)
 
 
 def penalised(logits: Tensor, history: Sequence[int] | Tensor, penalty: float) -> Tensor:

@@ -19,10 +19,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from GPT2Model.generation import as_set, evaluating, make_cache, problems_of
-from GPT2Model.sampling import Sampler, Sampling
-
-GREEDY = Sampling()
+from GPT2Model.generation import as_set, check_model, counted, evaluating, make_cache, problems_of
+from GPT2Model.sampling import GREEDY, Sampler, Sampling, check_numbers
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ def generate_speculative(
     *,
     draft_tokens: int = 4,
     stop_tokens: int | Collection[int] = (),
-    on_token: Callable[[Tensor], None] | None = None,
+    on_token: Callable[[Tensor], bool | None] | None = None,
 ) -> SpeculativeResult:
     """Continue `ids` by up to `max_new_tokens` tokens of `model`, with a `draft` that guesses ahead.
 
@@ -81,12 +79,14 @@ def generate_speculative(
         sampling: applied to p and to q alike.
         draft_tokens: gamma, how many tokens are guessed in a round.
         stop_tokens: an id, or several. The text ends with the first that is written.
-        on_token: called with each new id, (1,), in order: to show the text as it grows.
+        on_token: called with each new id, (1,), in order: to show the text as it grows. Returning True ends it there.
     Returns:
         the ids, how many guesses and passes of the model they took, and how many guesses were accepted.
     Raises:
         ValueError: every argument that makes no sense, at once.
     """
+    check_model(model)
+    check_model(draft)
     stops = as_set(stop_tokens)
     problems = problems_of(model, ids, max_new_tokens, sampling, stops, past_context="slide")  # too long: see below
     problems += problems_of_a_pair(model, draft, ids, max_new_tokens, draft_tokens)
@@ -109,15 +109,18 @@ def generate_speculative(
             n = count_accepted(p, q, guesses, sampler)
             following = p[n] if n == len(guesses) else residual(p[n], q[n])
             new = until_stop([*guesses[:n], sampler.draw(following)], stops)
-
-            text, finished = text + new, new[-1] in stops
+            finished = new[-1] in stops
+            if on_token is not None:
+                for length, token in enumerate(new, 1):
+                    if on_token(ids.new_tensor([token])) is True:
+                        new, finished = new[:length], True
+                        break
+            n, turned_down = min(n, len(new)), n < len(guesses)
+            text = text + new
             judge.forget(text)
             guesser.forget(text)
-            proposed, accepted, rejected = proposed + len(guesses), accepted + n, rejected + (n < len(guesses))
+            proposed, accepted, rejected = proposed + len(guesses), accepted + n, rejected + turned_down
             rounds += 1
-            if on_token is not None:
-                for token in new:
-                    on_token(ids.new_tensor([token]))
     return SpeculativeResult(ids.new_tensor([text]), proposed, accepted, rejected, rounds)
 
 
@@ -137,6 +140,7 @@ class Reader:
         read = self.cache.length
         unread = torch.tensor([text[read:]], device=device_of(self.model))
         logits = self.model(unread, cache=self.cache)[0]
+        check_numbers(logits[max(0, first - 1 - read) :])
         # The penalty of each position looks at the tokens before it, the guesses among them, and at none behind it.
         return [
             normalised(self.sampler.probabilities(logits[length - 1 - read], text[:length]))
@@ -212,12 +216,12 @@ def problems_of_a_pair(model, draft, ids, max_new_tokens, draft_tokens) -> list[
         )
     if isinstance(max_new_tokens, Integral) and tokens + max(0, max_new_tokens) > context:
         problems.append(
-            f"a prompt of {tokens} tokens and {max_new_tokens} new ones are more than the model's "
-            f"context_length={context}: shorten the prompt, or ask for fewer."
+            f"a prompt of {counted(tokens, 'token')} and {counted(max_new_tokens, 'new one')} are more than the "
+            f"model's context_length={context}: shorten the prompt, or ask for fewer."
         )
     if tokens > draft.cfg["context_length"]:
         problems.append(
-            f"the prompt has {tokens} tokens and the draft reads {draft.cfg['context_length']}: it could not guess "
-            "one. Take a draft with a longer context."
+            f"the prompt has {counted(tokens, 'token')} and the draft reads {draft.cfg['context_length']}: it could not "
+            "guess one. Take a draft with a longer context."
         )
     return problems

@@ -5,20 +5,22 @@ behind it. All prompts are read in one batch, the shorter ones padded on the lef
 their own times there is the engine in `orchestrator/serving/`.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
 from numbers import Integral
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from GPT2Model.completion import Completion, FinishReason, TokenLogprobs, token_logprobs
-from GPT2Model.generation import as_set, for_row, generate, problems_of
-from GPT2Model.sampling import Sampling
+from GPT2Model.generation import as_number, as_set, check_model, for_row, generate, problems_of, too_long
+from GPT2Model.sampling import GREEDY, Sampling
 from GPT2Model.text_stream import TextStream, check_stop_strings
 
-GREEDY = Sampling()
+if TYPE_CHECKING:
+    from GPT2Model.speculative import SpeculativeResult
+
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
 
 
@@ -30,7 +32,7 @@ def generate_text(
     sampling: Sampling = GREEDY,
     *,
     n: int = 1,
-    stop: str | Sequence[str] = (),
+    stop: str | Iterable[str] = (),
     stop_tokens: int | Collection[int] | None = None,
     logprobs: int | None = None,
     on_text: Callable[[int, str], None] | None = None,
@@ -39,6 +41,7 @@ def generate_text(
     use_cache: bool = True,
     draft=None,
     draft_tokens: int = 4,
+    on_draft: Callable[[int, "SpeculativeResult"], None] | None = None,
 ) -> list[Completion]:
     """Continue each prompt by up to `max_new_tokens` tokens, `n` times.
 
@@ -52,7 +55,7 @@ def generate_text(
             in the batch.
         n: samples of each prompt.
         stop: a text, or several. A completion ends where one of them would begin. (Which, if several: `TextStream`.)
-        stop_tokens: ids that end a completion; None: the tokenizer's end of text.
+        stop_tokens: ids that end a completion; None: the tokenizer's end of text, where the model has that id.
         logprobs: how many of the likeliest tokens to note at each place, beside the chosen one; None: note nothing.
         on_text: called with the number of the completion and the next piece of its text, as soon as it may be shown.
         on_token: called with the number of the completion and each of its token ids, before on_text. A completion that
@@ -61,25 +64,36 @@ def generate_text(
         draft: a smaller model with the same vocabulary, which guesses ahead (`GPT2Model/speculative.py`): the same
             distribution, and greedily the same text, in fewer passes of the model. One sequence at a time.
         draft_tokens: how many tokens it guesses in a round.
+        on_draft: called with the number of each completion that a draft helped to write, and what its guesses were
+            worth.
     Returns:
         the completions: n of the first prompt, n of the second, and so on.
     Raises:
-        ValueError: every argument that makes no sense, at once.
+        TypeError: what is no model. ValueError: every other argument that makes no sense, at once.
     """
-    rows, problems = read_prompts(prompts, tokenizer)
+    check_model(model)
+    vocab_size, stop = model.cfg["vocab_size"], as_texts(stop)
+    if tokenizer is not None and not hasattr(tokenizer, "encode"):
+        problems = [f"tokenizer must have encode and decode, or be None for ids alone, got {tokenizer!r}."]
+        raise TypeError("this text cannot be written:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    found, problems = read_each(prompts, tokenizer)
+    rows = [row for row in found if row is not None]
     if stop_tokens is None:
-        stop_tokens = getattr(tokenizer, "end_of_text", ())
+        end = getattr(tokenizer, "end_of_text", None)
+        stop_tokens = () if end is None or end >= vocab_size else end
     stops = as_set(stop_tokens)
     batch = left_padded([row for row in rows if row] or [[0]])[0]
-    by_itself = past_context == "error" and draft is not None  # what is too long for both is said below
-    allowed = "slide" if by_itself else past_context
+    # Which prompt is too long is said below, and with a draft for both models.
+    allowed = "slide" if past_context == "error" else past_context
     problems += problems_of(model, batch, max_new_tokens, sampling, stops, past_context=allowed)
-    vocab_size = model.cfg["vocab_size"]
+    if past_context == "error" and draft is None and isinstance(max_new_tokens, Integral):
+        problems += problems_of_lengths(model, found, max(0, max_new_tokens))
     about_text = {"vocab_size": vocab_size, "on_text": on_text, "only_ids": tokenizer is None}
     problems += problems_of_text(sampling, n, stop, logprobs, **about_text)
     if draft is not None:
         problems += problems_of_draft(logprobs, use_cache, past_context)
-        problems += problems_of_pairs(model, draft, rows, max_new_tokens, draft_tokens)
+        check_model(draft)
+        problems += problems_of_pairs(model, draft, found, max_new_tokens, draft_tokens)
     if problems:
         raise ValueError("this text cannot be written:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
@@ -108,7 +122,9 @@ def generate_text(
             past_context=past_context, on_step=after_step,
         )  # fmt: skip
     else:
-        speculate(model, draft, draft_tokens, texts, max_new_tokens, sampling, take)
+        for index, result in speculate(model, draft, draft_tokens, texts, max_new_tokens, sampling, take):
+            if on_draft is not None:
+                on_draft(index, result)
     for index, text in enumerate(texts):
         show(index, text.end("length"))
     return [text.completion() for text in texts]
@@ -124,6 +140,7 @@ class GrowingText:
         logprobs: how many of the likeliest tokens to note; None: note nothing.
     Attributes:
         finish_reason: None while it grows.
+        error: what went wrong with it; None: nothing.
     """
 
     def __init__(
@@ -133,6 +150,7 @@ class GrowingText:
         self.stream = None if tokenizer is None else TextStream(tokenizer, stop)
         self.top, self.logprobs = logprobs, None if logprobs is None else []
         self.finish_reason: FinishReason | None = None
+        self.error: str | None = None
 
     def add(self, token: int, logits: Tensor | None = None) -> str:
         """The next token, and what may be shown of the text now."""
@@ -157,30 +175,24 @@ class GrowingText:
     def completion(self) -> Completion:
         text = None if self.stream is None else self.stream.text
         noted: list[TokenLogprobs] | None = self.logprobs
-        return Completion(self.prompt_ids, self.ids, text, self.finish_reason, noted)
-
-
-class EndedError(Exception):
-    """Leaves speculative decoding where a stop string was complete."""
+        return Completion(self.prompt_ids, self.ids, text, self.finish_reason, noted, self.error)
 
 
 def speculate(
     model, draft, draft_tokens: int, texts: list[GrowingText], max_new_tokens: int, sampling: Sampling, take: Callable
-) -> None:
-    """One text after the other, with a draft that guesses ahead."""
+) -> Iterable[tuple[int, "SpeculativeResult"]]:
+    """One text after the other, with a draft that guesses ahead; what its guesses were worth for each."""
     from GPT2Model.speculative import generate_speculative
 
     for index, text in enumerate(texts):
         ids = torch.tensor([text.prompt_ids], device=model.token_embedding.weight.device)
 
-        def add(token: Tensor, index: int = index, text: GrowingText = text) -> None:
+        def add(token: Tensor, index: int = index, text: GrowingText = text) -> bool:
             take(index, int(token))
-            if text.finish_reason is not None:
-                raise EndedError
+            return text.finish_reason is not None  # a stop string is complete: nothing may follow
 
         settings = {"draft_tokens": draft_tokens, "stop_tokens": text.stop_tokens, "on_token": add}
-        with suppress(EndedError):
-            generate_speculative(model, draft, ids, max_new_tokens, for_row(sampling, index), **settings)
+        yield index, generate_speculative(model, draft, ids, max_new_tokens, for_row(sampling, index), **settings)
 
 
 def left_padded(rows: Sequence[Sequence[int]], device=None) -> tuple[Tensor, Tensor | None]:
@@ -195,27 +207,63 @@ def left_padded(rows: Sequence[Sequence[int]], device=None) -> tuple[Tensor, Ten
 
 def read_prompts(prompts, tokenizer) -> tuple[list[list[int]], list[str]]:
     """The token ids of every prompt that can be read, and what is wrong with the others."""
+    found, problems = read_each(prompts, tokenizer)
+    return [row for row in found if row is not None], problems
+
+
+def read_each(prompts, tokenizer) -> tuple[list[list[int] | None], list[str]]:
+    """The token ids of every prompt, None for one that cannot be read, and what is wrong with those."""
     if isinstance(prompts, Tensor):
         prompts = prompts.tolist()
-    alone = isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(one, Integral) for one in prompts))
-    prompts = [prompts] if alone else list(prompts)
-    rows, problems = [], [] if prompts else ["prompts are empty: give a text, or the token ids of one."]
-    for number, prompt in enumerate(prompts, 1):
-        which = "the prompt" if len(prompts) == 1 else f"prompt {number} of {len(prompts)}"
-        if isinstance(prompt, str) and tokenizer is None:
-            problems.append(f"{which} is a text, and there is no tokenizer: give its token ids, or the tokenizer.")
-            continue
+    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+        return [], [f"prompts must be a text, or several, or the token ids of one or several, got {prompts!r}."]
+    given = [prompts] if isinstance(prompts, str) else [as_number(one) for one in prompts]
+    alone = bool(given) and all(isinstance(one, Integral) for one in given)
+    given = [given] if alone else given
+    rows, problems = [], [] if given else ["prompts are empty: give a text, or the token ids of one."]
+    for number, prompt in enumerate(given, 1):
+        which = "the prompt" if len(given) == 1 else f"prompt {number} of {len(given)}"
+        row = None
         try:
-            row = tokenizer.encode(prompt) if isinstance(prompt, str) else [int(one) for one in prompt]
+            row = ids_of(prompt, tokenizer)
         except (ValueError, TypeError) as error:
             problems.append(f"{which} cannot be read: {error}")
-            continue
-        if not row:
-            start = None if tokenizer is None else tokenizer.decode([tokenizer.end_of_text])
-            hint = "" if start is None else f"; to begin from nothing, give what stands before a text: {start!r}"
+        if row == []:
+            end = getattr(tokenizer, "end_of_text", None)
+            hint = "" if end is None else (
+                f"; to begin from nothing, give what stands before a text: {tokenizer.decode([end])!r}"
+            )  # fmt: skip
             problems.append(f"{which} is empty, and a model continues one token at least{hint}.")
         rows.append(row)
     return rows, problems
+
+
+def ids_of(prompt: object, tokenizer) -> list[int]:
+    """The token ids of one prompt.
+
+    Raises:
+        ValueError, TypeError: what is neither a text that the tokenizer knows nor whole numbers.
+    """
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError("it is a text, and there is no tokenizer: give its token ids, or the tokenizer.")
+        return list(tokenizer.encode(prompt))
+    if isinstance(prompt, Tensor):
+        prompt = prompt.tolist()
+    if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
+        raise TypeError(f"it must be a text or token ids, got {prompt!r}.")
+    row = [as_number(one) for one in prompt]
+    wrong = [one for one in row if not isinstance(one, Integral)]
+    if wrong:
+        raise TypeError(f"token ids are whole numbers, got {wrong[0]!r}.")
+    if far := [one for one in row if not -(2**63) <= one < 2**63]:
+        raise ValueError(f"no vocabulary has the token id {far[0]}: wrong tokenizer?")
+    return row
+
+
+def as_texts(stop: object) -> tuple:
+    """Stop strings as a tuple, so that a generator of them is read once; what is no text is refused in words later."""
+    return (stop,) if isinstance(stop, str | bytes) or not isinstance(stop, Iterable) else tuple(stop)
 
 
 def problems_of_text(
@@ -225,14 +273,14 @@ def problems_of_text(
     problems = []
     if not isinstance(n, Integral) or isinstance(n, bool) or n < 1:
         problems.append(f"n must be a whole number, 1 or more, got {n!r}.")
-    elif n > 1 and sampling.greedy:
+    elif n > 1 and isinstance(sampling, Sampling) and sampling.greedy:
         problems.append(f"temperature 0 gives one text, and n={n} asks for {n}: set a temperature above 0.")
     whole = isinstance(logprobs, Integral) and not isinstance(logprobs, bool)
     if logprobs is not None and not (whole and 0 <= logprobs <= (vocab_size or logprobs)):
         most = "" if vocab_size is None else f", at most {vocab_size}"
         problems.append(f"logprobs must be None or 0 (the chosen token's alone) or more{most}, got {logprobs!r}.")
     try:
-        stop = check_stop_strings(stop)
+        stop = check_stop_strings(as_texts(stop))
     except (TypeError, ValueError) as error:
         problems.append(str(error))
     if only_ids and (stop or on_text is not None):
@@ -252,9 +300,29 @@ def problems_of_draft(logprobs, use_cache: bool, past_context: str) -> list[str]
     return problems
 
 
-def problems_of_pairs(model, draft, rows: Sequence[list[int]], max_new_tokens, draft_tokens) -> list[str]:
+def problems_of_pairs(model, draft, rows: Sequence[list[int] | None], max_new_tokens, draft_tokens) -> list[str]:
     """What is wrong with the two models and any of the prompts, each said once."""
     from GPT2Model.speculative import problems_of_a_pair
 
-    pairs = [problems_of_a_pair(model, draft, torch.tensor([row]), max_new_tokens, draft_tokens) for row in rows]
-    return list(dict.fromkeys(problem for found in pairs for problem in found))
+    concerned: dict[str, list[int]] = {}
+    for number, row in enumerate(rows, 1):
+        ids = torch.tensor([row or [0]])  # one that is empty or cannot be read was noted already
+        for problem in problems_of_a_pair(model, draft, ids, max_new_tokens, draft_tokens):
+            concerned.setdefault(problem, []).append(number)
+    return [
+        ("" if len(numbers) == len(rows) else name_of(numbers[0], len(rows))) + problem
+        for problem, numbers in concerned.items()
+    ]
+
+
+def problems_of_lengths(model, rows: Sequence[list[int] | None], new: int) -> list[str]:
+    """The prompts that outgrow the context, each by its number where there are several."""
+    context = model.cfg["context_length"]
+    lengths = [(number, len(row)) for number, row in enumerate(rows, 1) if row]
+    return [problem for number, length in lengths
+            for problem in too_long(length, new, context, name_of(number, len(rows)))]  # fmt: skip
+
+
+def name_of(number: int, count: int) -> str:
+    """Before a sentence about one prompt; empty where there is no other."""
+    return f"prompt {number} of {count}: " if count > 1 else ""

@@ -142,7 +142,7 @@ chosen_once = lru_cache(maxsize=4096)(chosen_anew)
 def decide(settings: AttentionSettings, request: AttentionRequest, caller: Caller = OUR_MODELS) -> AttentionChoice:
     """As `choose`, and says nothing: for reports about a request that nobody makes."""
     # Whoever brings a paged cache has named what reads pages; the settings are about all other calls.
-    requested = AUTO if request.paged else settings.requested
+    requested = AUTO if request.paged and not reads_pages(settings.requested) else settings.requested
     request = replace(request, mps_guard=not settings.disable_mps_fix)
     rejected = []
     for name in candidates(requested, request):

@@ -116,6 +116,17 @@ class BlockManager:
         self.stats.shared_tokens += len(table.tokens)
         return table
 
+    def undo_open(self, table: BlockTable) -> None:
+        """As if a table had never been opened: for who looked, found too few free blocks, and comes back later.
+
+        Raises:
+            ValueError: a table that is not open.
+        """
+        shared = len(table.tokens)
+        self.release(table)
+        self.stats.hits -= bool(shared)
+        self.stats.shared_tokens -= shared
+
     def reserve(self, table: BlockTable, new_tokens: int) -> list[Copy]:
         """Make the next `new_tokens` positions of a table writable. Ask before every write.
 

@@ -77,6 +77,11 @@ class Scheduler:
                 queue.remove(sample)
         self._release(sample)
 
+    def start_over(self, blocks: BlockManager, samples: list[Sample]) -> None:
+        """All of these wait, none runs, and the blocks are other ones."""
+        self.blocks, self.running = blocks, []
+        self.waiting = sorted(samples, key=lambda one: one.arrived)
+
     def preempt(self, sample: Sample) -> None:
         """Send a running sample back to wait; it keeps what it has written."""
         self.running.remove(sample)
@@ -126,15 +131,14 @@ class Scheduler:
     def _admit(self, sample: Sample) -> bool:
         """Open a waiting sample's table and reserve all that it has to read, if there is room; else change nothing.
 
-        One free block is left for every running sequence: admitted into the last free block, it would be preempted at
-        once.
+        One free block is left for every running sequence: who is admitted into the last one is often preempted at once.
         """
         if self.places_taken + 1 + sample.to_fork > self.max_running:
             return False
         table = self.blocks.open(sample.tokens)
         needed = self.blocks.blocks_needed(table, len(sample.tokens))
         if needed > self.blocks.free_blocks - len(self.running):
-            self.blocks.release(table)
+            self.blocks.undo_open(table)
             return False
         self.blocks.reserve(table, len(sample.tokens) - len(table.tokens))
         sample.table = table

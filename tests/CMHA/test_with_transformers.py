@@ -37,7 +37,7 @@ from tests.CMHA.transformers_models import (
 
 def test_every_implementation_has_a_name_that_transformers_takes_for_no_kernel_of_its_hub():
     names = transformers_names()
-    assert sorted(names.values()) == sorted(IMPLEMENTATIONS)
+    assert sorted(names.values()) == sorted(set(IMPLEMENTATIONS) - {"paged_attention"})
     assert all(name.startswith("gpt2_") and "flash" not in name and "/" not in name for name in names)
     expected = {
         "gpt2_eager": "eager", "gpt2_sdpa": "sdpa", "gpt2_tiled": "flash_tiled", "gpt2_fa2": "flash_attention_2",

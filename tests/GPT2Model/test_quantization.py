@@ -145,6 +145,29 @@ def test_the_plain_formula_serves_where_whole_numbers_do_not(monkeypatch):
     assert used[4:] == ["floats"]
 
 
+def test_a_sum_that_would_leave_int32_is_not_computed_in_whole_numbers():
+    """The longest row whose sum of 127 * 127 fits, and longer ones: 2^31 / 127^2 is 133,144."""
+    for d_in in (2**17, 133_145, 140_000):
+        quantized = torch.full((2, d_in), 127, dtype=torch.int8)
+        quantized[1] = -127
+        y = int8_matmul(torch.ones(1, d_in), quantized, torch.tensor([0.5, 2.0]))
+        assert y[0].tolist() == pytest.approx([0.5 * 127 * d_in, -2.0 * 127 * d_in], rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_one_large_activation_leaves_the_others_the_digits_of_float16(dtype):
+    """It is multiplied with zeros, so the outputs are of the others alone: of 11 bits each, and it is 2^14 times them."""
+    weight = torch.randn(50, 192, generator=torch.Generator().manual_seed(5))
+    weight[:, 7] = 0
+    quantized, scale = quantize_rows(weight)
+    x = torch.randn(3, 192, generator=torch.Generator().manual_seed(6))
+    x[:, 7] = 2.0**14
+    x = x.to(dtype)
+    stored = quantized.double() * scale.double()[:, None]
+    bound = 3 * EPS[torch.float16] * (x.double().abs() @ stored.abs().T)
+    assert ((int8_matmul(x, quantized, scale).double() - x.double() @ stored.T).abs() <= bound).all()
+
+
 def test_a_processor_whose_sums_leave_16_bits_is_found_out(monkeypatch):
     real = torch._int_mm
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: real(a, b).clamp(max=2**15))
@@ -292,6 +315,21 @@ def test_training_it_is_refused_in_words(build, random_ids):
         small(random_ids(1, 4))
     with torch.no_grad():
         small(random_ids(1, 4))
+
+
+def test_a_refused_train_changes_the_mode_of_nothing(build, random_ids):
+    """drop_rate is 0.5: were any part left in training, the logits would be drawn anew each time."""
+    small, ids = quantize_int8(build(torch.float32, drop_rate=0.5).train()), random_ids(2, 9)
+    again = copy.deepcopy(small)
+    for one in (small, again):
+        assert not any(module.training for module in one.modules())
+        with torch.no_grad():
+            before = one(ids)
+            with pytest.raises(ValueError, match="cannot be trained"):
+                one.train()
+            assert not any(module.training for module in one.modules())
+            assert torch.equal(one(ids), before)
+        assert one.eval() is one.train(False) is one
 
 
 def test_saving_and_loading_and_quantising_again_are_refused_in_words(build, tmp_path):

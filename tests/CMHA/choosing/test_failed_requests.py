@@ -11,7 +11,7 @@ import torch
 
 from CMHA import packages
 from CMHA.choosing import AttentionSettings, attention_report, choose
-from CMHA.choosing.choose import chosen_once
+from CMHA.choosing.choose import chosen_once, reasons_against
 from CMHA.cmha import MultiHeadAttention
 from CMHA.implementations import IMPLEMENTATIONS, flash_package
 from CMHA.packages import Found
@@ -55,7 +55,6 @@ ROWS = [
         "sdpa", ("float64", "129", "up to 128")),
     Row("paged", {}, {"paged_attention": ["no_pages"]}, "sdpa", ("this call has none", "generate()")),
     Row("paged_attention", {"needs_grad": True}, {"paged_attention": ["training"]}, "sdpa", ("it is for generation",)),
-    *(Row(name, {"paged": True}, {}, "paged_attention") for name in ("auto", "sdpa", "eager", "fa2")),
     Row("flex", {"needs_grad": True}, {"flex_attention": ["needs_grad"]}, "sdpa", ("flex_attention cannot be used",)),
     Row("flex", {"dropout": 0.1}, {"flex_attention": ["dropout"]}, "sdpa", ("dropout",)),
     Row("flex", {"needs_weights": True}, {"flex_attention": ["weights_wanted"], "sdpa": ["weights_wanted"]}, "eager",
@@ -143,8 +142,6 @@ def test_under_strict_the_same_request_raises_every_reason_of_the_named_one(row,
         choose(settings, AttentionRequest(**row.request))
     name = settings.requested
     request = AttentionRequest(**row.request)
-    from CMHA.choosing.choose import reasons_against
-
     reasons = reasons_against(name, request)
     assert sorted(reason.code for reason in reasons) == sorted(row.codes[name])
     for reason in reasons:
@@ -189,3 +186,18 @@ def test_a_second_model_after_a_failed_request_is_not_affected_by_it(messages):
     first.set_attention("sdpa")
     assert first.choice().requested == "sdpa"
     assert cfg == kept
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["lenient", "strict"])
+@pytest.mark.parametrize("name", ["auto", "sdpa", "eager", "fa2", "paged"])
+def test_whoever_brings_pages_has_named_what_reads_them(name, strict, messages):
+    choice = choose(AttentionSettings(attn_implementation=name, attn_strict=strict), AttentionRequest(paged=True))
+    assert (choice.chosen, choice.rejected) == ("paged_attention", ())
+    assert messages == []
+    with pytest.raises(ValueError, match="paged_attention: it is for generation"):
+        choose(AttentionSettings(attn_implementation=name), AttentionRequest(paged=True, needs_grad=True))
+
+
+@pytest.mark.parametrize("name", sorted(set(IMPLEMENTATIONS) - {"paged_attention"}))
+def test_nothing_else_reads_pages(name):
+    assert "paged" in [reason.code for reason in reasons_against(name, AttentionRequest(paged=True))]

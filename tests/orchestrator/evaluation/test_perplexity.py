@@ -10,6 +10,7 @@ from transformers import GPT2LMHeadModel
 from GPT2Model.config import from_preset
 from GPT2Model.gpt2 import GPTModel
 from orchestrator.evaluation.perplexity import batches, perplexity, windows, windows_of
+from orchestrator.training.loss import without_head
 
 SIZES = {"vocab_size": 61, "context_length": 24, "emb_dim": 30, "n_heads": 5, "n_layers": 2, "drop_rate": 0.1}
 
@@ -149,6 +150,27 @@ def test_documents_are_read_each_as_if_it_came_alone(pair):
     assert together.documents == 5
     as_one = perplexity(pair[0], torch.cat(texts), stride=12)
     assert abs(as_one.nats - together.nats) > 1.0
+
+
+def test_the_marks_that_open_documents_cost_no_bits_and_belong_to_no_word(pair):
+    """Where the windows overlap, every token but the marks is predicted: nothing has to be estimated."""
+    lengths = [30, 5, 24, 2]
+    found = perplexity(pair[0], random_text(61), stride=12, documents=lengths)
+    assert found.predicted == 61 - 4
+    assert found.bits_per_byte(150) == pytest.approx(found.nats / math.log(2) / 150, rel=1e-12)
+    assert found.per_word(20) == pytest.approx(math.exp(found.nats / 20), rel=1e-12)
+
+
+def test_costs_are_not_rounded_to_the_digits_of_a_short_dtype():
+    """bfloat16 logits have 8 bits; what a token costs by them is computed in more, or a whole text's figure is off."""
+    model = random_model().bfloat16()
+    for seed in range(5):
+        ids = random_text(2, seed)
+        with without_head(model) as head, torch.no_grad():
+            logits = head(model(ids[None])[0, :1])
+        assert logits.dtype == torch.bfloat16
+        exact = -logits[0].double().log_softmax(-1)[ids[1]].item()
+        assert perplexity(model, ids).nats == pytest.approx(exact, rel=1e-6)
 
 
 def test_windows_that_are_computed_together_are_alike_and_none_is_lost():

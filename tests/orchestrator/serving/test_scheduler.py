@@ -110,7 +110,8 @@ class Shop:
                 self.open[sample.request.number].append(other)
                 self.scheduler.fork(sample, other)
             for one in (sample, *forks):
-                one.write((len(one.tokens) + one.index) % 2, NO_LOGITS)
+                one.sampler.pick = lambda logits, tokens, one=one: (len(tokens) + one.index) % 2
+                one.write(NO_LOGITS, 0)
                 if one.finish_reason is not None:
                     self.scheduler.remove(one)
                     self.ended.append(one)
