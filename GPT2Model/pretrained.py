@@ -44,8 +44,8 @@ def load(source: object, cfg: Mapping | None = None, dtype: torch.dtype | None =
     """A GPTModel with the weights of `source`.
 
     Args:
-        source: a folder with config.json and weights, in one file or in several (Hugging Face's, or ours); a name on
-            the hub, such as "gpt2", "distilgpt2" or "OWNER/NAME"; a .safetensors, .pt, .pth or .bin file, or a state
+        source: a folder with config.json and weights, in one file or in several (Hugging Face's, or ours); the folder
+            of a run of train.py, whose final model is opened, or else its newest checkpoint; a name on the hub, such as "gpt2", "distilgpt2" or "OWNER/NAME"; a .safetensors, .pt, .pth or .bin file, or a state
             dict in memory, whose names are Hugging Face's, LLMs-from-scratch's, nanoGPT's or ours.
         cfg: the cfg dict, needed for a file or a state dict (but for nanoGPT's ckpt.pt, which holds its own); for a
             folder, keys that should differ (the attention keys and drop_rate, say).
@@ -78,6 +78,8 @@ def load(source: object, cfg: Mapping | None = None, dtype: torch.dtype | None =
 
 
 def from_folder(folder: Path, changes: Mapping | None, dtype: torch.dtype | None) -> GPTModel:
+    if not (folder / "config.json").is_file():
+        folder = of_a_run(folder) or folder
     config_file, weights_file = folder / "config.json", weights_of(folder)
     if not config_file.is_file():
         if (folder / "ckpt.pt").is_file():  # the folder that nanoGPT's train.py leaves
@@ -112,6 +114,14 @@ def from_folder(folder: Path, changes: Mapping | None, dtype: torch.dtype | None
             config_file, said["mlp"], model.cfg["mlp"],
         )  # fmt: skip
     return model
+
+
+def of_a_run(folder: Path) -> Path | None:
+    """Where the model lies that a run of train.py left, or of the main job: the final one, else the newest checkpoint."""
+    steps = [place for place in folder.glob("checkpoints/step-*") if place.name.removeprefix("step-").isdigit()]
+    newest = sorted(steps, key=lambda place: int(place.name.removeprefix("step-")), reverse=True)
+    places = [folder / "final", folder / "model", *newest]
+    return next((place for place in places if (place / "config.json").is_file()), None)
 
 
 def from_file(path: Path, cfg: Mapping | None, dtype: torch.dtype | None) -> GPTModel:

@@ -146,7 +146,9 @@ def tokenizer_texts(tokenizer: object, context_length: int) -> dict[str, str]:
         name = getattr(tokenizer, "name", type(tokenizer).__name__)
         raise ValueError(
             f"the tokenizer {name!r} has no files of this kind: they are for GPT-2's, and for byte-level BPE. Save the "
-            "model without it."
+            "model without it, and keep the tokenizer in your program; or pass on the RUN/final of a run of train.py, "
+            "which holds the facts of every tokenizer (save_final(model, tokenizer, FOLDER) in "
+            "orchestrator/training/final.py writes such a folder)."
         )
     lines = [f"{left} {right}" for left, right in merges]
     listed = [

@@ -17,10 +17,11 @@ from orchestrator.evaluation.machine import check_device
 from orchestrator.learning.trained import tales_model
 from orchestrator.text.tales import TalesTokenizer
 from orchestrator.training.final import open_trained
-from orchestrator.training.precision import native_bf16
+from orchestrator.training.precision import TORCH_DTYPES, native_bf16
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_NAMES = (*DTYPES, "auto")
+SHORT_NAMES = {short: str(dtype).removeprefix("torch.") for short, dtype in TORCH_DTYPES.items()}  # train.py's
 GPT2_VOCABULARIES = (50257, 50304)  # the second is nanoGPT's: padded to a multiple of 64
 SOURCES = "a run's folder, a checkpoint, a folder with config.json, gpt2 (or -medium, -large, -xl), or tales"
 
@@ -40,7 +41,8 @@ def open_model(
             `save_pretrained` or transformers wrote; a name on the hub such as "gpt2"; "tales": the small model that
             this project trains by itself, the first time it is asked for.
         device: cpu, cuda, mps, or "auto": the best here.
-        dtype: float32, bfloat16, float16, or "auto": bfloat16 where the processor multiplies it itself, else float32.
+        dtype: float32, bfloat16, float16 (or fp32, bf16, fp16), or "auto": bfloat16 where the processor multiplies it
+            itself, else float32.
         int8: weights of the linear layers in 8 bits (`GPT2Model/quantization.py`), rounded from those that are stored.
         attn_implementation: how attention is computed; None: as the model's cfg says.
     Returns:
@@ -67,19 +69,20 @@ def as_asked(
     The model itself is changed, unless int8 makes a copy. Weights are rounded to 8 bits from what they were, not from
     what the shorter dtype leaves of them.
     """
-    if attn_implementation is not None:
-        model.set_attention(attn_implementation)
     model = quantize_int8(model) if int8 else model
-    return model.to(device=device, dtype=DTYPES[dtype]).eval()
+    model = model.to(device=device, dtype=DTYPES[dtype]).eval()
+    if attn_implementation is not None:
+        model.set_attention(attn_implementation)  # as it is used: in eval, on this device, in this dtype
+    return model
 
 
 def resolve_dtype(name: str, device: str = "auto") -> str:
-    """A name of `DTYPES`; "auto" is bfloat16 where the processor has it, else float32.
+    """A name of `DTYPES`, also for its short name; "auto" is bfloat16 where the processor has it, else float32.
 
     Raises:
         ValueError: no such dtype, or one that this device does not compute in.
     """
-    device = check_device(device)
+    device, name = check_device(device), SHORT_NAMES.get(name, name)
     if name == "auto":
         return "bfloat16" if native_bf16(device) else "float32"
     if name not in DTYPES:
