@@ -190,7 +190,8 @@ def check_model(model) -> None:
     if not hasattr(model, "cfg") or not hasattr(model, "blocks"):
         raise TypeError(
             f"the model comes first and must be a GPTModel, got {type(model).__name__}: "
-            "GPTModel.from_pretrained(FOLDER) opens one. The order is (model, ids, max_new_tokens) in generate(), and (model, tokenizer, prompts, "
+            "GPTModel.from_pretrained(FOLDER) opens one. The order "
+            "is (model, ids, max_new_tokens) in generate(), and (model, tokenizer, prompts, "
             "max_new_tokens) in generate_text()."
         )
 

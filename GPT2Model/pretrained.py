@@ -45,8 +45,9 @@ def load(source: object, cfg: Mapping | None = None, dtype: torch.dtype | None =
 
     Args:
         source: a folder with config.json and weights, in one file or in several (Hugging Face's, or ours); the folder
-            of a run of train.py, whose final model is opened, or else its newest checkpoint; a name on the hub, such as "gpt2", "distilgpt2" or "OWNER/NAME"; a .safetensors, .pt, .pth or .bin file, or a state
-            dict in memory, whose names are Hugging Face's, LLMs-from-scratch's, nanoGPT's or ours.
+            of a run of train.py, whose final model is opened, or else its newest checkpoint; a name on the
+            hub, such as "gpt2", "distilgpt2" or "OWNER/NAME"; a .safetensors, .pt, .pth or .bin file, or a state dict
+            in memory, whose names are Hugging Face's, LLMs-from-scratch's, nanoGPT's or ours.
         cfg: the cfg dict, needed for a file or a state dict (but for nanoGPT's ckpt.pt, which holds its own); for a
             folder, keys that should differ (the attention keys and drop_rate, say).
         dtype: of the model, such as torch.bfloat16; None: the one in which the weights are stored.
@@ -117,7 +118,7 @@ def from_folder(folder: Path, changes: Mapping | None, dtype: torch.dtype | None
 
 
 def of_a_run(folder: Path) -> Path | None:
-    """Where the model lies that a run of train.py left, or of the main job: the final one, else the newest checkpoint."""
+    """Where a run of train.py, or of the main job, left its model: the final one, else the newest checkpoint."""
     steps = [place for place in folder.glob("checkpoints/step-*") if place.name.removeprefix("step-").isdigit()]
     newest = sorted(steps, key=lambda place: int(place.name.removeprefix("step-")), reverse=True)
     places = [folder / "final", folder / "model", *newest]

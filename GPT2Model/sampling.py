@@ -79,8 +79,8 @@ RULES = {
 
 GREEDY = Sampling()
 NO_NUMBERS = (
-    "the model's logits are NaN or infinite: its weights are, or its dtype is too short for it (float16 ends at 65,504). "
-    "Take float32, or another checkpoint."
+    "the model's logits are NaN or infinite: its weights are, or its dtype is too short for it (float16 ends at "
+    "65,504). Take float32, or another checkpoint."
 )
 
 

@@ -221,7 +221,7 @@ def problems_of_a_pair(model, draft, ids, max_new_tokens, draft_tokens) -> list[
         )
     if tokens > draft.cfg["context_length"]:
         problems.append(
-            f"the prompt has {counted(tokens, 'token')} and the draft reads {draft.cfg['context_length']}: it could not "
-            "guess one. Take a draft with a longer context."
+            f"the prompt has {counted(tokens, 'token')} and the draft reads {draft.cfg['context_length']}: it could "
+            "not guess one. Take a draft with a longer context."
         )
     return problems

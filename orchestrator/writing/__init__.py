@@ -1,1 +1,1 @@
-"""What `python -m orchestrator generate` needs beside the model: settings, a page to write on, a clock, a conversation."""
+"""What `python -m orchestrator generate` needs beside the model: settings, a page, a clock, a conversation."""

@@ -11,9 +11,14 @@ class Clock:
 
     The first step reads the whole prompts and gives the first token of each text (prefill); every other step reads and
     writes one token of each (decode).
+
+    Args:
+        n: samples of each prompt, which stand side by side in what `facts` is given. Each reads its prompt for itself.
+        context_length: of the model: of a longer prompt no more than that is read. None: all is.
     """
 
-    def __init__(self):
+    def __init__(self, n: int = 1, context_length: int | None = None):
+        self.n, self.context_length = n, context_length
         self.started, self.first, self.ended = time.perf_counter(), None, None
 
     def token(self, index: int, id: int) -> None:
@@ -26,15 +31,15 @@ class Clock:
         self.ended = time.perf_counter()
 
     def facts(self, found: Sequence[Completion]) -> dict:
-        """Tokens and seconds of both parts, JSON-ready. Each sample reads its prompt for itself."""
-        read, new = (
-            sum(len(ids) for ids in part) for part in zip(*((c.prompt_ids, c.ids) for c in found), strict=True)
-        )
+        """Tokens and seconds of both parts, JSON-ready."""
+        prompts, new = [len(one.prompt_ids) for one in found], sum(len(one.ids) for one in found)
+        read = sum(min(length, self.context_length or length) for length in prompts)
         first = self.started if self.first is None else self.first  # no token: nothing was read either
         prefill, decode = first - self.started, self.ended - first
         later = max(0, new - len(found))
         return {
-            "prompt_tokens": read, "new_tokens": new, "prefill_seconds": prefill, "decode_seconds": decode,
+            "prompt_tokens": sum(prompts[:: self.n]), "samples": self.n, "prompt_tokens_read": read,
+            "new_tokens": new, "prefill_seconds": prefill, "decode_seconds": decode,
             "prefill_tokens_per_second": speed(read, prefill), "decode_tokens_per_second": speed(later, decode),
         }  # fmt: skip
 
@@ -42,7 +47,11 @@ class Clock:
         """The same in a line."""
         facts = self.facts(found)
         parts = [counted(facts["prompt_tokens"], "prompt token"), counted(facts["new_tokens"], "new token")]
+        if self.n > 1:
+            parts[0] += f", {self.n} samples"
         if (fast := facts["prefill_tokens_per_second"]) is not None:
+            if facts["prompt_tokens_read"] != facts["prompt_tokens"]:
+                parts[0] += f": {facts['prompt_tokens_read']} read"
             parts[0] += f" in {facts['prefill_seconds']:.2f} s ({fast:.1f} tokens/s)"
         if (fast := facts["decode_tokens_per_second"]) is not None:
             seconds = facts["decode_seconds"]

@@ -9,14 +9,17 @@ from contextlib import suppress
 
 from GPT2Model.text_generation import generate_text
 from orchestrator.writing.clock import Clock
+from orchestrator.writing.guesses import Guesses
 from orchestrator.writing.page import Page
 from orchestrator.writing.settings import OPTIONS, WritingSettings, changed
+from orchestrator.writing.words import in_words_of_the_command
 
 HELP = """/set NAME VALUE   change a setting, as: /set temperature 0.5   (none: leave it open)
 /show             the settings
 /help             these lines
 /quit             end, as Ctrl-D does; Ctrl-C stops an answer
-//TEXT            a prompt that begins with /"""
+//TEXT            a prompt that begins with /
+The seed counts on: prompt I, from 0, takes seed + I (with n samples each: + I * n + J); /set seed S begins again."""
 
 
 def converse(model, tokenizer, settings: WritingSettings, draft=None, first: Sequence[str] = ()) -> int:
@@ -35,14 +38,20 @@ def converse(model, tokenizer, settings: WritingSettings, draft=None, first: Seq
         with suppress(ImportError):
             import readline  # noqa: F401  input() then has a history and can be edited
         say("A prompt and Enter; /help says more, /quit or Ctrl-D ends.")
+    taken = 0  # samples since the seed was set: each has a seed of its own
     for line in lines(first):
         try:
             if line in ("/quit", "/exit"):
                 break
             if line.startswith("/") and not line.startswith("//"):
-                settings = command(line, settings, draft is not None)
+                with in_words_of_the_command(conversation=True):
+                    settings = command(line, settings, draft is not None)
+                taken = 0 if line.split()[:2] == ["/set", "seed"] else taken
             elif line.strip():
-                answer(model, tokenizer, line.removeprefix("/") if line.startswith("//") else line, settings, draft)
+                prompt = line.removeprefix("/") if line.startswith("//") else line
+                with in_words_of_the_command(conversation=True):
+                    answer(model, tokenizer, prompt, settings, draft, taken)
+                taken += settings.n
         except KeyboardInterrupt:
             print(flush=True)
             say("stopped")
@@ -64,16 +73,18 @@ def lines(first: Sequence[str]) -> Iterator[str]:
             say("/quit or Ctrl-D ends")
 
 
-def answer(model, tokenizer, prompt: str, settings: WritingSettings, draft) -> None:
-    """Write, and show it meanwhile."""
-    clock, page = Clock(), Page([prompt], settings.n, tokenizer)
+def answer(model, tokenizer, prompt: str, settings: WritingSettings, draft, taken: int = 0) -> None:
+    """Write, and show it meanwhile. taken: samples that were written before."""
+    clock, page = Clock(settings.n, model.cfg["context_length"]), Page([prompt], settings.n, tokenizer)
+    read, sampling, guesses = settings.opened([prompt], tokenizer), settings.sampling(taken), Guesses()
     found = generate_text(
-        model, tokenizer, prompt, sampling=settings.sampling(), **settings.arguments(model, tokenizer, prompt),
-        draft=draft, on_text=page.show, on_token=clock.token,
+        model, tokenizer, read, sampling=sampling, **settings.arguments(model, tokenizer, read), draft=draft,
+        on_text=page.show, on_token=clock.token, on_draft=guesses.add,
     )  # fmt: skip
     clock.stop()
     page.finish(found)
-    say(clock.line(found))
+    seed = [] if sampling.greedy else [f"seed {sampling.seed}"]
+    say("; ".join([clock.line(found), *guesses.lines(), *seed]))
 
 
 def command(line: str, settings: WritingSettings, draft: bool) -> WritingSettings:

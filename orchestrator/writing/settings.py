@@ -11,6 +11,8 @@ from CMHA.choosing import did_you_mean
 from GPT2Model.generation import PAST_CONTEXT
 from GPT2Model.sampling import Sampling
 from GPT2Model.text_generation import problems_of_draft, problems_of_text, read_prompts
+from GPT2Model.tokenizer import END_OF_TEXT
+from orchestrator.text.tales import TalesTokenizer
 
 NONE = "none"
 NEW_TOKENS = 100
@@ -26,7 +28,11 @@ OPTIONS = {  # name -> what it holds, its letter in --help, what it means. The d
     "min_p": (float, "P", "draw from tokens at least P times as likely as the likeliest"),
     "repetition_penalty": (float, "X", "above 1, tokens that were read or written become less likely"),
     "n": (int, "N", "samples of each prompt"),
-    "seed": (int, "S", "of the draws: sample J of prompt I, counted from 0, takes S + I * n + J; none: a new one"),
+    "seed": (
+        int,
+        "S",
+        "of the draws: sample J of prompt I, counted from 0, takes S + I * n + J; none: a new one. stderr names it",
+    ),
     "logprobs": (int, "K", "note each token's log-probability, and the K likeliest"),
     "past_context": (str, "NAME", "error, or slide: what to do with more tokens than the model's context"),
     "draft_tokens": (int, "N", "with --draft_model: tokens that it guesses in a round"),
@@ -50,11 +56,21 @@ class WritingSettings:
     draft_tokens: int = 4
     stop: tuple[str, ...] = ()
     use_cache: bool = True
+    start_mark: bool = True
 
-    def sampling(self) -> Sampling:
-        """How tokens are chosen; where the settings have no seed, with a new one each time."""
+    def sampling(self, taken: int = 0) -> Sampling:
+        """How tokens are chosen; where the settings have no seed, with a new one each time.
+
+        Args:
+            taken: how many samples came before: their seeds are used up.
+        """
         named = {field.name: getattr(self, field.name) for field in fields(Sampling)}
-        return Sampling(**named | {"seed": secrets.randbelow(2**31) if self.seed is None else self.seed})
+        return Sampling(**named | {"seed": secrets.randbelow(2**31) if self.seed is None else self.seed + taken})
+
+    def opened(self, prompts: Sequence[str], tokenizer) -> list[str]:
+        """The prompts as the model reads them: behind the mark that its texts begin with in training, if they do."""
+        mark = END_OF_TEXT if self.start_mark and begins_with_mark(tokenizer) else ""
+        return [prompt if prompt.startswith(END_OF_TEXT) else mark + prompt for prompt in prompts]
 
     def arguments(self, model, tokenizer, prompts: str | Sequence[str]) -> dict:
         """The others, as `generate_text` takes them for these prompts."""
@@ -77,6 +93,14 @@ class WritingSettings:
         if self.draft_tokens < 1:
             found.append(f"draft_tokens must be 1 or more, got {self.draft_tokens}.")
         return found + (problems_of_draft(self.logprobs, self.use_cache, self.past_context) if draft else [])
+
+
+def begins_with_mark(tokenizer) -> bool:
+    """Whether a model with this tokenizer has seen the beginning of a text only behind the end-of-text mark.
+
+    So it is with the tales, where every story is read by itself and all begin alike. Elsewhere a text is cut anywhere.
+    """
+    return isinstance(tokenizer, TalesTokenizer) or getattr(tokenizer, "name", None) == "tales"
 
 
 def changed(
