@@ -73,9 +73,11 @@ def generate_text(
     """
     check_model(model)
     vocab_size, stop = model.cfg["vocab_size"], as_texts(stop)
-    if tokenizer is not None and not hasattr(tokenizer, "encode"):
-        problems = [f"tokenizer must have encode and decode, or be None for ids alone, got {tokenizer!r}."]
-        raise TypeError("this text cannot be written:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    if tokenizer is not None and not (hasattr(tokenizer, "encode") and hasattr(tokenizer, "decode")):
+        raise TypeError(
+            f"the tokenizer comes second and must have encode and decode, got {type(tokenizer).__name__}: the one that "
+            "the model was trained with, or None for token ids alone."
+        )
     found, problems = read_each(prompts, tokenizer)
     rows = [row for row in found if row is not None]
     if stop_tokens is None:
@@ -251,7 +253,7 @@ def ids_of(prompt: object, tokenizer) -> list[int]:
     if isinstance(prompt, Tensor):
         prompt = prompt.tolist()
     if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
-        raise TypeError(f"it must be a text or token ids, got {prompt!r}.")
+        raise TypeError(f"it must be a text or ids, got {prompt!r}.")
     row = [as_number(one) for one in prompt]
     wrong = [one for one in row if not isinstance(one, Integral)]
     if wrong:

@@ -3,11 +3,14 @@
 Commands that write or read text with a trained model share it, so that all of them take the same names and folders.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from CMHA.choosing import did_you_mean
+from CMHA.choosing import announce, did_you_mean
 from GPT2Model.gpt2 import GPTModel
 from GPT2Model.quantization import quantize_int8
 from GPT2Model.tokenizer import get_tokenizer
@@ -33,6 +36,7 @@ def open_model(
     dtype: str = "float32",
     int8: bool = False,
     attn_implementation: str | None = None,
+    announced: bool = True,
 ):
     """The model behind a name or a folder, ready to read text, and the tokenizer that it was trained with.
 
@@ -45,6 +49,7 @@ def open_model(
             itself, else float32.
         int8: weights of the linear layers in 8 bits (`GPT2Model/quantization.py`), rounded from those that are stored.
         attn_implementation: how attention is computed; None: as the model's cfg says.
+        announced: say on the log, once, how it is computed. False: for a second model beside another.
     Returns:
         the model, in eval mode on the device, and its tokenizer: `encode`, `decode`, `vocab_size`, `end_of_text`.
     Raises:
@@ -52,13 +57,33 @@ def open_model(
         ValueError: a damaged model; a device or dtype that cannot be used here; no tokenizer that fits the model.
     """
     device, dtype = check_device(device), resolve_dtype(dtype, device)
-    model, tokenizer = read_model(source)
+    with unannounced():
+        model, tokenizer = read_model(source)
     if tokenizer.vocab_size > model.cfg["vocab_size"]:
         raise ValueError(
             f"{source} has a vocabulary of {model.cfg['vocab_size']} tokens, and its tokenizer has "
             f"{tokenizer.vocab_size}: they do not belong together. Put the right tokenizer beside the weights."
         )
-    return as_asked(model, device=device, dtype=dtype, int8=int8, attn_implementation=attn_implementation), tokenizer
+    with unannounced():
+        model = as_asked(model, device=device, dtype=dtype, int8=int8, attn_implementation=attn_implementation)
+    if announced:
+        announce(model.blocks[0].attention.choice())
+    return model, tokenizer
+
+
+@contextmanager
+def unannounced() -> Iterator[None]:
+    """While a model is built, moved and changed, its attention is not what it will be: the INFO line comes later."""
+
+    def but_info(record: logging.LogRecord) -> bool:
+        return record.levelno != logging.INFO
+
+    logger = logging.getLogger("CMHA")
+    logger.addFilter(but_info)
+    try:
+        yield
+    finally:
+        logger.removeFilter(but_info)
 
 
 def as_asked(

@@ -20,6 +20,7 @@ import re
 import sys
 from pathlib import Path
 
+from CMHA.choosing import canonical_name
 from GPT2Model.text_generation import generate_text
 from orchestrator.opened import DTYPE_NAMES, SOURCES, open_model, resolve_dtype
 from orchestrator.report import plain
@@ -141,6 +142,11 @@ def read_settings(args: argparse.Namespace) -> WritingSettings:
         problems.append("--interactive reads its prompts from stdin: leave out --prompt_file -.")
     if args.draft_tokens is not None and args.draft_model is None:
         problems.append("--draft_tokens is of a model that guesses ahead: name it with --draft_model, or leave it out.")
+    if args.draft_model is not None and asks_for_pages(args.attn_implementation):
+        problems.append(
+            f"--attn_implementation {args.attn_implementation} has no pages for a model that guesses ahead: leave it "
+            "or --draft_model out."
+        )
     start = WritingSettings(
         stop=tuple(args.stop), use_cache=not args.no_cache, start_mark=not args.no_start_mark
     )  # fmt: skip
@@ -186,6 +192,13 @@ def opened(args: argparse.Namespace):
     return model, tokenizer
 
 
+def asks_for_pages(attn_implementation: str | None) -> bool:
+    try:
+        return attn_implementation is not None and canonical_name(attn_implementation) == "paged_attention"
+    except ValueError:  # no such name: said when the model is opened
+        return False
+
+
 def opened_draft(args: argparse.Namespace, tokenizer):
     """The model that guesses ahead; None: there is none.
 
@@ -194,7 +207,8 @@ def opened_draft(args: argparse.Namespace, tokenizer):
     """
     if args.draft_model is None:
         return None
-    draft, own = open_model(args.draft_model, device=args.device, dtype=resolve_dtype(args.dtype, args.device))
+    dtype = resolve_dtype(args.dtype, args.device)
+    draft, own = open_model(args.draft_model, device=args.device, dtype=dtype, announced=False)
     if words(own) != words(tokenizer):
         raise ValueError(
             f"{args.draft_model} was trained with another tokenizer than {args.model}: its guesses would mean "

@@ -24,18 +24,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from CMHA.choosing import canonical_name
+from CMHA.choosing import announce, canonical_name
 from GPT2Model.quantization import quantize_int8, weight_bytes
 from GPT2Model.tokenizer import END_OF_TEXT
 from orchestrator.evaluation.machine import check_device, machine_facts
 from orchestrator.evaluation.perplexity import Perplexity, check, perplexity, windows_of
-from orchestrator.opened import DTYPE_NAMES, DTYPES, SOURCES, read_model, resolve_dtype
+from orchestrator.opened import DTYPE_NAMES, DTYPES, SOURCES, read_model, resolve_dtype, unannounced
 from orchestrator.report import make_folder, plain
 from orchestrator.text.corpora import TalesCorpus, read_text
 from orchestrator.views.perplexity_figures import perplexity_by_stride
 
 HELP = "the perplexity of a text by sliding windows, and what int8 weights or bfloat16 add to it"
-TALES_TEXT = "tales"
+TALES_TEXT, PAGED = "tales", "paged_attention"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stride",
         nargs="+",
+        action="extend",
         default=None,
         metavar="N",
         help="tokens that a window moves on; several are measured one after the other (default: --max_length)",
@@ -64,7 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", default=None, metavar="N", help="read the first N tokens of the text only")
     parser.add_argument(
-        "--dtype", default="float32", metavar="NAME", help=f"{', '.join(DTYPE_NAMES)} (default: float32)"
+        "--dtype",
+        default="float32",
+        metavar="NAME",
+        help=f"{', '.join(DTYPE_NAMES)}, or bf16, fp16, fp32 (default: float32)",
     )
     parser.add_argument("--int8", action="store_true", help="also with the large matrices in 8 bits")
     parser.add_argument(
@@ -80,9 +84,10 @@ def run(args: argparse.Namespace) -> int:
     asked = read_arguments(args)
     folder = None if args.out is None else make_folder(args.out)
     text, floor = the_text(args.text)
-    model, tokenizer = read_model(args.model)
-    if args.attn_implementation is not None:
-        model.set_attention(args.attn_implementation)
+    with unannounced():
+        model, tokenizer = read_model(args.model)
+        if args.attn_implementation is not None:
+            model.eval().set_attention(args.attn_implementation)
     ids, documents = encoded(text, tokenizer, args.documents or floor is not None)
     if asked["limit"] is not None and asked["limit"] < len(ids):
         ids, documents, floor = *cut(ids, documents, asked["limit"]), None
@@ -93,7 +98,9 @@ def run(args: argparse.Namespace) -> int:
 
     size, words = sizes(text)
     print(f"model: {args.model}, {model.num_parameters():,} parameters, context {model.cfg['context_length']} tokens")
-    several = "" if documents is None else f", {len(documents):,} documents, each read by itself"
+    several = ""
+    if documents is not None:
+        several = f", {len(documents):,} document{'s' * (len(documents) != 1)}, each read by itself"
     print(f"text: {args.text}, {len(ids):,} tokens, {size:,} bytes, {words:,} words{several}")
     rows = measure(model, ids, documents, strides, max_length, asked)
     for row in rows:
@@ -131,8 +138,10 @@ def read_arguments(args: argparse.Namespace) -> dict:
     }
     device = attempt(check_device, args.device)
     dtype = attempt(resolve_dtype, args.dtype, device) if device is not None else None
-    if args.attn_implementation is not None:
-        attempt(canonical_name, args.attn_implementation)
+    if args.attn_implementation is not None and attempt(canonical_name, args.attn_implementation) == PAGED:
+        problems.append(
+            f"--attn_implementation {args.attn_implementation} is for writing: nothing is kept in pages here."
+        )
     if args.out and not writable(Path(args.out)):
         problems.append(f"--out {args.out} is not a folder that can be written: choose another.")
     if problems:
@@ -144,6 +153,10 @@ def read_arguments(args: argparse.Namespace) -> dict:
 
 
 def whole_number(option: str, text: str) -> int:
+    if option == "stride" and "," in text:
+        raise ValueError(
+            f"--stride takes several numbers with spaces: --stride {text.replace(',', ' ')}, got {text!r}."
+        )
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise ValueError(f"--{option} must be a whole number, 1 or more, got {text!r}.")
     return int(text)
@@ -159,7 +172,12 @@ def the_text(name: str) -> tuple[str, float | None]:
     if name == TALES_TEXT and not Path(name).exists():
         corpus = TalesCorpus(held_out=200)
         return END_OF_TEXT + "".join(story + END_OF_TEXT for story in corpus.held_out), corpus.floor
-    return read_text(name), None
+    try:
+        return read_text(name), None
+    except ValueError as error:
+        raise ValueError(
+            str(error).replace("give it some text to learn from", "there is nothing to measure")
+        ) from error
 
 
 def sizes(text: str) -> tuple[int, int]:
@@ -210,6 +228,7 @@ def measure(model, ids: torch.Tensor, documents, strides: list[int], max_length:
     total = sum(window.end - window.begin for window in slid) * len(precisions)
     settings = {"max_length": max_length, "batch_size": asked["batch_size"], "documents": documents}
     rows = []
+    announce(model.blocks[0].attention.choice())
     with tqdm(total=total, unit="token", unit_scale=True, file=sys.stderr) as bar:
         for i, (dtype, int8) in enumerate(precisions):
             bar.set_postfix_str(label(dtype, int8), refresh=False)
@@ -261,9 +280,10 @@ def definition(rows: list[dict], floor: float | None) -> list[str]:
     strides = {found.stride: found.predicted for found in founds}
     counts = "; ".join(f"stride {stride}: {count:,} of {one.tokens:,} tokens" for stride, count in strides.items())
     begin = "the mark that opens each document" if one.documents else "the first token of the text"
+    apart = f"; and with stride {beside}, where windows do not overlap, the first token of each"
     lines += [
         f"predicted: {counts}.",
-        f"  Not predicted: {begin}; and with stride {beside}, where windows do not overlap, the first token of each.",
+        f"  Not predicted: {begin}{apart if beside in strides else ''}.",
         "Perplexities per token cannot be compared between tokenizers, whose tokens are not the same pieces of text.",
         "  bits/byte (of UTF-8) and perplexity per word can: all tokens at their mean cost; marks are no text.",
     ]

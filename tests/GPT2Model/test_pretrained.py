@@ -522,3 +522,22 @@ def test_a_llama_is_refused_by_the_name_of_its_type(tmp_path):
     message = refused(tmp_path)
     assert "model_type = 'llama', where only 'gpt2' is computed here" in message
     assert "hidden_size = 32 is unknown here" in message
+
+
+def test_the_folder_of_a_run_opens_as_its_final_model_or_else_its_newest_checkpoint(build, tmp_path):
+    old, new, final = (build(seed=seed) for seed in (1, 2, 3))
+    old.save_pretrained(tmp_path / "checkpoints" / "step-9")
+    new.save_pretrained(tmp_path / "checkpoints" / "step-10")
+    (tmp_path / "checkpoints" / "step-11").mkdir()  # nothing in it yet
+    ids = torch.arange(6)[None]
+    for expected in (new, final):
+        opened = GPTModel.from_pretrained(tmp_path)
+        with torch.no_grad():
+            assert torch.equal(opened(ids), expected.eval()(ids))
+        final.save_pretrained(tmp_path / "final")
+
+
+def test_a_tokenizer_without_files_is_refused_with_where_its_model_lies(build, tmp_path):
+    tokenizer = make_tokenizer("char", ["abc"])
+    with pytest.raises(ValueError, match=r"'char' has no files of this kind.*RUN/final"):
+        build().save_pretrained(tmp_path / "model", tokenizer)

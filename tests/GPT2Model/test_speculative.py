@@ -452,3 +452,11 @@ def test_one_wrong_argument_is_refused_by_name(wrong, expected, build, random_id
     with pytest.raises(ValueError, match=expected) as caught:
         generate_speculative(model, model, **call)
     assert len(str(caught.value).splitlines()) == 2
+
+
+def test_logits_of_nan_are_an_error_of_ours(build):
+    model = build(seed=1)
+    with torch.no_grad():
+        model.final_norm.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="logits are NaN"):
+        generate_speculative(model, build(seed=2), torch.tensor([[1, 2, 3]]), 4)

@@ -1,6 +1,8 @@
 """generate_text(): what a prompt is continued with does not depend on the batch, the streaming or the path taken."""
 
 import string
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -252,6 +254,102 @@ def test_one_wrong_argument_is_refused_by_itself(wrong, message, model):
         generate_text(model, **arguments)
     assert message in str(caught.value)
     assert len(str(caught.value).splitlines()) == 2
+
+
+WRONG_CALLS = """
+import traceback
+import torch
+from GPT2Model.config import from_preset
+from GPT2Model.generation import generate
+from GPT2Model.gpt2 import GPTModel
+from GPT2Model.sampling import Sampling
+from GPT2Model.speculative import generate_speculative
+from GPT2Model.text_generation import generate_text
+from orchestrator.text.tokenizers import BytesTokenizer
+
+m = GPTModel(from_preset("nano", n_layers=1, emb_dim=16, n_heads=2, vocab_size=257, context_length=16))
+t, ids = BytesTokenizer(), torch.tensor([[1, 2]])
+calls = {
+    "pass Sampling(temperature=0.8)": lambda: generate_text(m, t, "a", 2, 0.8),
+    "pass Sampling(temperature=0.8).": lambda: generate_speculative(m, m, ids, 2, {"temperature": 1}),
+    "the model comes first": lambda: generate_text(t, m, "a", 2),
+    "the model comes first ": lambda: generate("gpt2", ids, 2),
+    "the model comes first and": lambda: generate_speculative(m, t, ids, 2),
+    "the tokenizer comes second": lambda: generate_text(m, "a", t, 2),
+    "stop strings are texts, got 3": lambda: generate_text(m, t, "a", 2, stop=3),
+    "got None": lambda: generate_text(m, t, None, 2),
+    "prompt 2 of 2 cannot be read: it must be a text or ids, got None": lambda: generate_text(m, t, ["a", None], 2),
+    "got 5": lambda: generate_text(m, t, 5, 2),
+    "got 5.": lambda: generate_text(m, t, torch.tensor(5), 2),
+    "whole numbers, got 2.5": lambda: generate_text(m, t, torch.tensor([[2.5]]), 2),
+    "no vocabulary has the token id 1180591620717411303424": lambda: generate_text(m, t, [2**70], 2),
+    "got 5.0": lambda: generate_text(m, t, "a", 2, stop_tokens=5.0),
+    "got '[1]'": lambda: generate(m, ids, 2, stop_tokens=[[1]]),
+    "torch.tensor([tokenizer.encode(text)])": lambda: generate(m, "The ", 2),
+}
+for expected, call in calls.items():
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        place = [frame.filename for frame in traceback.extract_tb(error.__traceback__)][-1]  # who raised it
+        right = expected.strip() in str(error) and "GPT2Model" in place and "object is not" not in str(error)
+        print("right" if right else f"{expected}: {error}")
+    else:
+        print(f"{expected}: nothing was raised")
+zeros = [torch.tensor(97), torch.tensor(98)]
+print(generate_text(m, t, zeros, 2)[0].ids == generate_text(m, t, "ab", 2)[0].ids)
+"""
+
+
+def test_no_mistake_ends_in_an_error_of_python_s_or_torch_s():
+    """In a process of its own: in this one the types of the arguments are checked before our lines run."""
+    done = subprocess.run([sys.executable, "-c", WRONG_CALLS], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["right"] * 16 + ["True"]
+
+
+def test_stop_strings_may_come_from_a_generator(model):
+    (free,) = generate_text(model, LETTERS, "Hello", 20)
+    (found,) = generate_text(model, LETTERS, "Hello", 20, stop=(one for one in [free.text[7]]))
+    assert found.text == free.text[: free.text.index(free.text[7])]
+
+
+def test_an_end_of_text_that_the_model_does_not_have_stops_nothing(build):
+    class Plain(BytesTokenizer):
+        end_of_text = 61
+
+    class NoEnd(BytesTokenizer):
+        end_of_text = None
+
+    model = build(seed=1, init_std=0.6, tie_weights=False)  # 61 ids: 0 to 60
+    for tokenizer in (Plain(), NoEnd()):
+        (found,) = generate_text(model, tokenizer, [1, 2], 6)
+        assert found.finish_reason == "length"
+    with pytest.raises(ValueError, match=r"the prompt is empty, and a model continues one token at least\.$"):
+        generate_text(model, NoEnd(), "", 3)
+
+
+def test_of_several_prompts_the_ones_that_are_too_long_are_named(model, build):
+    for more in ({}, {"draft": build(seed=2, context_length=40)}):
+        with pytest.raises(ValueError) as caught:
+            generate_text(model, LETTERS, ["a", "Hello" * 8, "b"], 3, **more)
+        assert "  - prompt 2 of 3: a prompt of 40 tokens and 3 new ones are more" in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 2
+
+
+def test_the_worth_of_a_draft_s_guesses_is_told_also_of_texts_that_a_stop_string_ends(model):
+    (free,) = generate_text(model, LETTERS, "Hello", 20)
+    told = {}
+    found = generate_text(
+        model, LETTERS, ["Hello", "a"], 20, draft=model, draft_tokens=4, stop=free.text[6], on_draft=told.__setitem__
+    )
+    assert [*told] == [0, 1]
+    for index, one in enumerate(found):
+        length = len(one.prompt_ids)
+        assert told[index].ids[0, length:].tolist() == one.ids
+        assert told[index].rounds == -(-len(one.ids) // 5)
+        assert told[index].accepted == len(one.ids) - len(one.ids) // 5
+        assert told[index].rejected == 0
 
 
 def test_things_of_a_wrong_type_are_refused_in_words(model):

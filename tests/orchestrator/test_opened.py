@@ -76,6 +76,8 @@ def test_auto_is_bfloat16_where_the_processor_has_it(monkeypatch):
         monkeypatch.setattr(opened, "native_bf16", lambda device, has=has: has)
         assert resolve_dtype("auto", "cpu") == expected
     assert resolve_dtype("float16", "cpu") == "float16"
+    short = [resolve_dtype(name, "cpu") for name in ("fp32", "bf16", "fp16")]
+    assert short == ["float32", "bfloat16", "float16"]
 
 
 def test_attention_is_computed_as_asked(run_folder):
@@ -86,7 +88,7 @@ def test_attention_is_computed_as_asked(run_folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dtype": "bf16"}, r"dtype must be one of float32, bfloat16, float16, auto, got 'bf16'"),
+        ({"dtype": "bf17"}, r"dtype must be one of float32, bfloat16, float16, auto, got 'bf17'"),
         ({"device": "cuda:77"}, "cannot be used here"),
         ({"attn_implementation": "sdap"}, "Did you mean 'sdpa'"),
     ],

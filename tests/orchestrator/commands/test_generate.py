@@ -19,7 +19,8 @@ from GPT2Model.gpt2 import GPTModel
 from GPT2Model.sampling import Sampling
 from GPT2Model.text_generation import generate_text
 from orchestrator.cli import main
-from orchestrator.text.tokenizers import CharTokenizer
+from orchestrator.text.tales import TalesTokenizer
+from orchestrator.text.tokenizers import CharTokenizer, NamedTokenizer
 from orchestrator.training.final import open_trained, save_final
 from orchestrator.training.precision import native_bf16
 
@@ -120,7 +121,10 @@ def test_json_is_one_object_with_everything(run, opened, capsys):
             assert noted["logprob"] == pytest.approx(logprobs.logprob, abs=1e-5)
             assert {top["id"]: top["logprob"] for top in noted["top"]} == pytest.approx(logprobs.top, abs=1e-5)
     assert found["seed"] == 7
-    assert found["prompt_tokens"] == 2 * 5 + 2 * 3
+    assert (found["prompt_tokens"], found["samples"], found["prompt_tokens_read"]) == (5 + 3, 2, 2 * (5 + 3))
+    for one in found["completions"]:  # a list of ids is a line
+        assert f'"prompt_ids": {one["prompt_ids"]}' in out
+        assert f'"ids": {one["ids"]}' in out
     assert found["new_tokens"] == sum(len(one.ids) for one in expected)
 
 
@@ -185,6 +189,13 @@ WRONG = {
     "device": (("--model", "{run}", "--prompt", "a", "--device", "tpu9"), ["tpu9"]),
     "attention": (("--model", "{run}", "--prompt", "a", "--attn_implementation", "saturn"), ["saturn"]),
     "interactive and json": (("--model", "x", "--interactive", "--json"), ["leave one of them out"]),
+    "pages and a draft": (("--model", "x", "--prompt", "a", "--draft_model", "x", "--attn_implementation", "paged"),
+                          ["leave it or --draft_model out"]),
+    "a folder as a prompt": (("--model", "{run}", "--prompt_file", "{run}"), ["is a folder: name a file in it"]),
+    "python's words": (("--model", "{run}", "--prompt", "Hello", "--max_new_tokens", "44"), ["--past_context slide"]),
+    "one token": (("--model", "{run}", "--prompt", "a" * 48, "--max_new_tokens", "1"), ["48 tokens and 1 new one are"]),
+    "one of two too long": (("--model", "{run}", "--prompt", "a", "--prompt", "a" * 50), ["prompt 2 of 2: a prompt"]),
+    "folder without a model": (("--model", "{run}/..", "--prompt", "a"), ["--model takes the folder of a run"]),
     "draft_tokens alone": (("--model", "x", "--prompt", "a", "--draft_tokens", "2"), ["--draft_model"]),
 }  # fmt: skip
 
@@ -211,7 +222,7 @@ def test_everything_wrong_with_the_options_is_said_at_once_before_a_model_is_rea
         "top_p must be a number, or none, got 'x'", "top_k must be", "min_p must be",
         "repetition_penalty must be", "seed must be", "would change nothing", "n=3 asks for 3",
         "got -1.", "a character at least", "past_context must be", "draft_tokens must be 1 or more",
-        "not noted while a draft", "with use_cache=False",
+        "not noted while a draft", "with --no_cache",
     )  # fmt: skip
     for part in expected:
         assert any(part in line for line in lines), part
@@ -248,16 +259,83 @@ def test_prompts_through_pipes_are_answered_one_after_the_other_whatever_is_wron
     out, err = process.communicate("\n".join(lines).encode(), timeout=300)
     out, err = out.decode(), err.decode()
     assert process.returncode == 0
-    sampled = [generate_text(*opened, prompt, 6, Sampling(0.8, seed=1))[0].text for prompt in ("first", "Hello")]
+    sampled = [
+        generate_text(*opened, prompt, 6, Sampling(0.8, seed=seed))[0].text
+        for seed, prompt in enumerate(("first", "Hello"), 1)
+    ]  # the seed counts on
     likeliest = [greedy(opened, prompt, 10) for prompt in ("Hello", "a b")]
-    two = [one.text for one in generate_text(*opened, "/b", 10, Sampling(1.0, seed=1), n=2)]
+    two = [one.text for one in generate_text(*opened, "/b", 10, Sampling(1.0, seed=5), n=2)]
     headed = [f"--- sample {number} of 2\n{text}" for number, text in enumerate(two, 1)]
     assert out == "".join(f"{text}\n" for text in sampled + likeliest + headed)
     for part in ("'ä'", "temperature = 0.0", "top_k would change nothing", "no setting 'colour'",
                  "'/jump' is no command", "n=2 asks for 2", "top_k = none", "max_new_tokens = 10"):  # fmt: skip
         assert part in err, part
     assert err.count("new tokens") == 5
+    assert re.findall(r"; seed (\d+)", err) == ["1", "2", "5"]
     assert "Traceback" not in err
+
+
+def test_a_seed_that_is_set_anew_begins_again(run, opened, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nHello\n/set seed 4\nHello\n/set top_k 0\nHello" + "a" * 50))
+    out, err = written(capsys, "--model", run, "--interactive", "--seed", 4, "--max_new_tokens", 9)
+    texts = [generate_text(*opened, "Hello", 9, Sampling(0.8, seed=seed))[0].text for seed in (4, 5, 4)]
+    assert out == "".join(f"{text}\n" for text in texts)
+    assert "or none, got 0" in err
+    assert "/set past_context slide" in err
+
+
+TALES = NamedTokenizer(
+    "tales", TalesTokenizer(), [TalesTokenizer().decode([i]) for i in range(TalesTokenizer().vocab_size)]
+)
+
+
+@pytest.fixture(scope="module")
+def tales_run(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("tales"), seed=1, tokenizer=TALES, vocab_size=TALES.vocab_size)
+
+
+def test_a_story_of_the_tales_begins_behind_the_mark(tales_run, capsys, monkeypatch):
+    asked = ("--model", tales_run, "--temperature", 1, "--seed", 3, "--max_new_tokens", 8)
+    start, prompt = TALES.end_of_text, TALES.encode("One morning")
+
+    def texts(*ids) -> list[str]:
+        return [generate_text(*open_trained(tales_run), list(one), 8, Sampling(1.0, seed=3))[0].text for one in ids]
+
+    with_mark, without = texts([start, *prompt], prompt)
+    assert with_mark != without
+    for given in ("One morning", "<|endoftext|>One morning"):
+        found = json.loads(written(capsys, *asked, "--prompt", given, "--json")[0])["completions"][0]
+        assert (found["prompt"], found["prompt_ids"], found["text"]) == (given, [start, *prompt], with_mark)
+    assert written(capsys, *asked, "--prompt", "One morning", "--no_start_mark")[0] == without + "\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("One morning\n"))
+    assert written(capsys, *asked, "--interactive")[0] == with_mark + "\n"
+
+
+def test_what_a_draft_s_guesses_were_worth_is_said_also_where_a_stop_string_ends_the_text(run, opened, capsys):
+    text = greedy(opened, "Hello", 20)
+    arguments = ("--model", run, "--prompt", "Hello", "--temperature", 0, "--max_new_tokens", 20, "--draft_model", run)
+    out, err = written(capsys, *arguments, "--stop", text[6])
+    assert out == text[: text.index(text[6])] + "\n"
+    assert re.search(r"; \d+ guesses, \d+ kept \(100% of those judged\), in \d pass(es)?$", err.strip())
+    draft = json.loads(written(capsys, *arguments, "--json")[0])["draft"]
+    assert draft == {"guessed": 16, "kept": 16, "passes": 4, "acceptance_rate": 1.0}  # 4 and one more a pass
+
+
+@pytest.mark.parametrize("path", ["auto", "eager", "paged_attention"])
+def test_one_line_says_how_attention_is_computed_and_names_what_is_used(path, run, capsys, caplog):
+    draft = () if path == "paged_attention" else ("--draft_model", run)
+    with caplog.at_level("INFO", logger="CMHA"):
+        written(
+            capsys, "--model", run, "--prompt", "Hello", "--max_new_tokens", 3, "--attn_implementation", path, *draft
+        )
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "CMHA"]
+    assert said.startswith(f"Attention backend: {'sdpa' if path == 'auto' else path} (")
+
+
+def test_short_names_of_dtypes_are_taken_too(run, capsys):
+    short, long = (written(capsys, "--model", run, "--prompt", "Hello", "--seed", 1, "--max_new_tokens", 9, "--dtype",
+                           name)[0] for name in ("bf16", "bfloat16"))  # fmt: skip
+    assert short == long
 
 
 def test_ctrl_c_while_nothing_is_written_says_how_to_end_and_goes_on(run, opened, capsys, monkeypatch):

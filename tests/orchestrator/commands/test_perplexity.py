@@ -85,6 +85,28 @@ def test_several_strides_show_what_context_is_worth_and_costs(run_folder, text_f
     assert (tmp_path / "out" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_strides_may_be_given_one_by_one_and_the_footnotes_name_only_those(run_folder, text_file, capsys):
+    arguments = [
+        "--stride",
+        "4",
+        "--stride",
+        "16",
+        "--attn_implementation",
+        "eager",
+        "--dtype",
+        "bf16",
+        "--device",
+        "cpu",
+    ]
+    assert main(["perplexity", "--model", str(run_folder), "--text", str(text_file), *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert [*figures(printed)] == [(name, stride) for name in ("float32", "bfloat16") for stride in (4, 16)]
+    assert "stride 32" not in printed
+    one = ["--documents", "--limit", "20"]
+    assert main(["perplexity", "--model", str(run_folder), "--text", str(text_file), *one]) == 0
+    assert "1 document, each" in capsys.readouterr().out
+
+
 def test_int8_and_bfloat16_are_held_against_float32(run_folder, text_file, tmp_path, capsys):
     arguments = ["--int8", "--dtype", "bfloat16", "--out", str(tmp_path), "--device", "cpu"]
     assert main(["perplexity", "--model", str(run_folder), "--text", str(text_file), *arguments]) == 0
@@ -137,6 +159,8 @@ def test_documents_are_read_apart_and_a_limit_counts_tokens(run_folder, text_fil
         (["--stride", "0", "--batch_size", "x", "--dtype", "int4"], ["--stride must", "--batch_size must", "int4"]),
         (["--device", "cuda:77"], ["cannot be used here"]),
         (["--attn_implementation", "sdap"], ["Did you mean 'sdpa'"]),
+        (["--stride", "64,128"], ["--stride 64 128"]),
+        (["--attn_implementation", "paged"], ["--attn_implementation paged is for writing"]),
         (["--out", "/dev/null/x"], ["is not a folder that can be written"]),
     ],
 )
@@ -150,7 +174,7 @@ def test_wrong_arguments_are_all_named_before_any_work(arguments, messages, caps
 @pytest.mark.parametrize(
     ("written", "arguments", "message"),
     [
-        ("", [], "is empty"),
+        ("", [], "is empty: there is nothing to measure"),
         ("One", [], "the text has 1 token"),
         ("One morning a", ["--stride", "33"], "stride 33 is more than the 32 tokens of a window"),
         ("One morning a", ["--max_length", "33"], "max_length must be from 2 to the model's context_length, 32"),

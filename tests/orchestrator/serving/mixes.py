@@ -1,4 +1,8 @@
-"""Random request mixes for the engine, small models whose text varies, and the plain loop to hold them against."""
+"""Random request mixes for the engine, small models whose text varies, and what each request must get.
+
+Greedy ids are those of the plain loop, in float32. With samples, texts, stop strings and log-probabilities it is
+`generate_text` of each request alone, in float64, where rounding as good as never decides.
+"""
 
 import functools
 from collections import Counter
@@ -8,8 +12,10 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from GPT2Model.completion import Completion
 from GPT2Model.gpt2 import GPTModel
-from GPT2Model.sampling import Sampler, Sampling
+from GPT2Model.sampling import Sampling
+from GPT2Model.text_generation import generate_text
 from orchestrator.serving.engine import Engine
 
 SMALL = {
@@ -52,18 +58,34 @@ def plain_loop(variant: str, dtype: torch.dtype, prompt: tuple[int, ...], new_to
     return written[:new_tokens], margins[:new_tokens]
 
 
-@torch.no_grad()
-def plain_sampling(variant: str, dtype: torch.dtype, prompt: tuple[int, ...], new_tokens: int, sampling: Sampling):
-    """The same loop with a sampler: no cache, no batch."""
-    sampler, ids = Sampler(sampling), list(prompt)
-    for _ in range(new_tokens):
-        ids.append(sampler.pick(model(variant, dtype)(torch.tensor([ids]))[0, -1], ids))
-    return ids[len(prompt) :]
+class Letters:
+    """A tokenizer for 61 ids: few letters, so that stop strings occur; pairs; and single bytes of longer characters."""
+
+    end_of_text = 0
+    PIECES = (
+        *(bytes([97 + i % 6]) for i in range(36)),
+        *(a + b for a in (b"a", b"b", b"c", b"d") for b in (b"a", b" ", b"f")),
+        *(bytes([byte]) for byte in "\u00e9\u20ac\U0001f642".encode()),
+        *[b"\xe9"] * 4,
+    )
+
+    def encode(self, text: str) -> list[int]:
+        raise NotImplementedError("the mixes are of ids")
+
+    def decode(self, ids) -> str:
+        return b"".join(self.PIECES[id] for id in ids).decode("utf-8", errors="replace")
+
+
+LETTERS = Letters()
 
 
 @dataclass(frozen=True)
 class Wish:
-    """One request of a mix. arrives, cancelled: before which step; stop_after: the greedy token that is to stop it."""
+    """One request of a mix.
+
+    arrives, cancelled: before which step. stop_after: the greedy token that is to stop it. stop_at: the place in its
+    text of the two letters that are to stop it. logprobs: as in `Engine.add`.
+    """
 
     prompt: tuple[int, ...]
     new_tokens: int
@@ -72,10 +94,15 @@ class Wish:
     stop_after: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
     n: int = 1
+    stop_at: int | None = None
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True)
 class Mix:
+    """An engine, and what it is asked for. texts: it has a tokenizer."""
+
+    texts: bool
     variant: str
     dtype: torch.dtype
     num_blocks: int
@@ -93,6 +120,19 @@ PROMPTS = st.builds(
     st.sampled_from(STEMS), st.integers(0, 16), st.lists(st.integers(0, 60), max_size=2),
 )  # fmt: skip
 
+SAMPLINGS = st.one_of(
+    st.builds(Sampling, repetition_penalty=st.sampled_from([1.0, 1.5, 0.7])),  # greedy
+    st.builds(
+        Sampling,
+        temperature=st.sampled_from([0.8, 1.5]),
+        top_k=st.sampled_from([None, 5]),
+        top_p=st.sampled_from([None, 0.8]),
+        min_p=st.sampled_from([None, 0.05]),
+        repetition_penalty=st.sampled_from([1.0, 1.3]),
+        seed=st.integers(0, 3),
+    ),
+)
+
 
 @st.composite
 def mixes(draw, *, dtype: torch.dtype = torch.float32, sampled: bool = False) -> Mix:
@@ -100,12 +140,11 @@ def mixes(draw, *, dtype: torch.dtype = torch.float32, sampled: bool = False) ->
     max_running = draw(st.integers(1, 6))
     wishes = []
     for _ in range(draw(st.integers(1, 7))):
-        sampling, n = Sampling(), 1
-        if sampled and draw(st.booleans()):
-            seed, top_k = draw(st.integers(0, 3)), draw(st.sampled_from([None, 5]))
-            penalty = draw(st.sampled_from([1.0, 1.3]))
-            sampling = Sampling(temperature=0.8, top_k=top_k, repetition_penalty=penalty, seed=seed)
-            n = min(max_running, draw(st.integers(1, 3)))
+        sampling, n, about_text = Sampling(), 1, (None, None)
+        if sampled:
+            sampling = draw(SAMPLINGS)
+            n = 1 if sampling.greedy else min(max_running, draw(st.integers(1, 3)))
+            about_text = draw(st.sampled_from([None, None, 0, 2, 5])), draw(st.sampled_from([None, 0, 3]))
         wishes.append(
             Wish(
                 draw(PROMPTS),
@@ -115,11 +154,13 @@ def mixes(draw, *, dtype: torch.dtype = torch.float32, sampled: bool = False) ->
                 draw(st.one_of(st.none(), st.none(), st.integers(0, 4))),
                 sampling,
                 n,
+                *about_text,
             )
         )
     block_size = draw(st.integers(1, 5))
     least = max(blocks_for(wish, block_size) for wish in wishes)
     return Mix(
+        sampled,
         draw(st.sampled_from([*VARIANTS])),
         dtype,
         max(1, least + draw(st.sampled_from([0, 0, 1, 2, 5, -1]))),  # one too few: the longest request is refused
@@ -137,14 +178,27 @@ def blocks_for(wish: Wish, block_size: int) -> int:
     return -(-(len(wish.prompt) + wish.new_tokens - 1) // block_size)
 
 
-def expected(mix: Mix, wish: Wish) -> tuple[list[list[int]], bool]:
-    """What the plain loop writes for each of the n samples, and whether rounding could change it."""
-    if wish.sampling.greedy:
-        ids, margins = plain_loop(mix.variant, mix.dtype, wish.prompt, wish.new_tokens)
-        return [cut(ids, stop_tokens(mix, wish))], min(margins) < NEAR
-    settings = [vars(wish.sampling) | {"seed": wish.sampling.seed + i} for i in range(wish.n)]
-    texts = [plain_sampling(mix.variant, mix.dtype, wish.prompt, wish.new_tokens, Sampling(**one)) for one in settings]
-    return [cut(ids, stop_tokens(mix, wish)) for ids in texts], False
+def expected(mix: Mix, wish: Wish) -> tuple[list[int], bool]:
+    """What the plain loop writes, and whether rounding could change it."""
+    ids, margins = plain_loop(mix.variant, mix.dtype, wish.prompt, wish.new_tokens)
+    return cut(ids, stop_tokens(mix, wish)), min(margins) < NEAR
+
+
+@functools.lru_cache(maxsize=32)
+def alone(mix: Mix, wish: Wish) -> tuple[tuple[str, ...], list[Completion]]:
+    """The stop strings of a wish, which are letters of its own text, and what it gets when nobody else is there."""
+
+    def write(stop: tuple[str, ...]) -> list[Completion]:
+        return generate_text(
+            model(mix.variant, mix.dtype), LETTERS, list(wish.prompt), wish.new_tokens, wish.sampling, n=wish.n,
+            stop=stop, stop_tokens=stop_tokens(mix, wish), logprobs=wish.logprobs,
+        )  # fmt: skip
+
+    written = write(())
+    stop = "" if wish.stop_at is None else written[-1].text[wish.stop_at :][:2]
+    if not stop or "\ufffd" in stop:
+        return (), written
+    return (stop,), write((stop,))
 
 
 def stop_tokens(mix: Mix, wish: Wish) -> tuple[int, ...]:
@@ -162,6 +216,7 @@ def play(mix: Mix) -> tuple[dict, Counter]:
     """Let an engine serve a mix. Returns what each wish got (None: refused), and how often what happened."""
     engine = Engine(
         model(mix.variant, mix.dtype),
+        LETTERS if mix.texts else None,
         num_blocks=mix.num_blocks,
         block_size=mix.block_size,
         max_running=mix.max_running,
@@ -202,8 +257,11 @@ def play(mix: Mix) -> tuple[dict, Counter]:
         number = numbers[id(wish)]
         results[id(wish)] = None if number is None else done[number]
         for i, completion in enumerate(results[id(wish)] or ()):
-            told = [event.id for event in events.get(number, ()) if event.index == i]
-            assert told == completion.ids, "on_token told something else than the completion"
+            told = [event for event in events.get(number, ()) if event.index == i]
+            ids = [event.id for event in told if event.id is not None]  # None: nothing was written, it was cancelled
+            assert ids == completion.ids, "on_token told something else than the completion"
+            if mix.texts:
+                assert "".join(event.text for event in told) == completion.text
     return results, met
 
 
@@ -211,6 +269,8 @@ def ask(engine: Engine, mix: Mix, wish: Wish, events: dict[int, list]) -> int | 
     """Add a wish; None: it was refused, which must be exactly when it can never fit."""
     heard: list = []
     options = {"n": wish.n, "stop_tokens": stop_tokens(mix, wish), "on_token": heard.append}
+    if mix.texts:
+        options |= {"stop": alone(mix, wish)[0], "logprobs": wish.logprobs}
     if blocks_for(wish, mix.block_size) > mix.num_blocks:
         with pytest.raises(ValueError, match=r"blocks of .* tokens, and the whole cache has"):
             engine.add(wish.prompt, wish.new_tokens, wish.sampling, **options)

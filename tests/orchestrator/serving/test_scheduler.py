@@ -251,6 +251,16 @@ def test_a_large_request_is_not_overtaken_by_a_small_one_behind_it():
     assert [sample.request.number for sample in one.scheduler.waiting] == [1, 2]
 
 
+@pytest.mark.parametrize(("num_blocks", "running"), [(4, [0]), (5, [0, 1])])
+def test_a_free_block_is_left_for_each_that_runs(num_blocks, running):
+    """The second would fit into four blocks just so, and be thrown out again as soon as the first needs its third."""
+    one = shop(num_blocks, max_batch_tokens=16)
+    one.come(request(0, [1] * 7, 9))  # 2 blocks
+    one.come(request(1, [2] * 7, 9))  # 2 blocks
+    one.step()
+    assert [sample.request.number for sample in one.scheduler.running] == running
+
+
 def test_places_are_kept_for_samples_that_are_still_to_fork():
     one = shop(20, max_running=3)
     one.come(request(0, [1, 2, 3], 3, n=2))

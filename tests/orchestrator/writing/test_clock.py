@@ -14,13 +14,25 @@ def test_the_first_tokens_come_with_the_prompts_and_the_others_after_them():
     clock.stop()
     clock.started, clock.first, clock.ended = 10.0, 10.5, 12.5
     assert clock.facts(TWO) == {
-        "prompt_tokens": 8, "new_tokens": 7, "prefill_seconds": 0.5, "decode_seconds": 2.0,
+        "prompt_tokens": 8, "samples": 1, "prompt_tokens_read": 8, "new_tokens": 7,
+        "prefill_seconds": 0.5, "decode_seconds": 2.0,
         "prefill_tokens_per_second": 16.0, "decode_tokens_per_second": 2.5,
     }  # fmt: skip
     assert clock.line(TWO) == (
         "8 prompt tokens in 0.50 s (16.0 tokens/s); 7 new tokens, the first with the prompt, the others in 2.00 s "
         "(2.5 tokens/s)"
     )
+
+
+def test_samples_read_their_prompt_each_and_a_window_that_slides_no_more_than_the_context():
+    clock = Clock(n=2, context_length=4)
+    clock.token(0, 4)
+    clock.stop()
+    clock.started, clock.first, clock.ended = 10.0, 10.5, 12.5
+    twice = [Completion([1, 2, 3, 4, 5], ids, "", "length") for ids in ([1, 2], [3, 4])]
+    facts = clock.facts(twice)
+    assert (facts["prompt_tokens"], facts["prompt_tokens_read"], facts["prefill_tokens_per_second"]) == (5, 8, 16.0)
+    assert clock.line(twice).startswith("5 prompt tokens, 2 samples: 8 read in 0.50 s (16.0 tokens/s); 4 new tokens")
 
 
 def test_only_the_first_token_of_all_sets_the_time():
