@@ -8,8 +8,9 @@ import torch
 
 from GPT2Model.completion import FinishReason, TokenLogprobs
 from GPT2Model.generation import as_set, for_row, problems_of
+from GPT2Model.prompts import read_prompts
 from GPT2Model.sampling import GREEDY, Sampler, Sampling
-from GPT2Model.text_generation import GrowingText, problems_of_text, read_prompts
+from GPT2Model.text_generation import GrowingText, problems_of_text
 from orchestrator.serving.block_manager import BlockManager, BlockTable
 
 

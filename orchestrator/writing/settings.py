@@ -9,8 +9,9 @@ from dataclasses import dataclass, fields, replace
 
 from CMHA.choosing import did_you_mean
 from GPT2Model.generation import PAST_CONTEXT
+from GPT2Model.prompts import read_prompts
 from GPT2Model.sampling import Sampling
-from GPT2Model.text_generation import problems_of_draft, problems_of_text, read_prompts
+from GPT2Model.text_generation import problems_of_draft, problems_of_text
 from GPT2Model.tokenizer import END_OF_TEXT
 from orchestrator.text.tales import TalesTokenizer
 

@@ -156,7 +156,7 @@ def test_a_sum_that_would_leave_int32_is_not_computed_in_whole_numbers():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_one_large_activation_leaves_the_others_the_digits_of_float16(dtype):
-    """It is multiplied with zeros, so the outputs are of the others alone: of 11 bits each, and it is 2^14 times them."""
+    """It is multiplied with zeros, so the outputs are of the others alone: 11 bits each, 2^14 times smaller than it."""
     weight = torch.randn(50, 192, generator=torch.Generator().manual_seed(5))
     weight[:, 7] = 0
     quantized, scale = quantize_rows(weight)

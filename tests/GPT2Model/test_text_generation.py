@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from GPT2Model.generation import problems_of
+from GPT2Model.prompts import read_prompts
 from GPT2Model.sampling import Sampling
-from GPT2Model.text_generation import generate_text, problems_of_text, read_prompts
+from GPT2Model.text_generation import generate_text, problems_of_text
 from orchestrator.text.tokenizers import BytesTokenizer, CharTokenizer
 
 LETTERS = CharTokenizer("".join(sorted({*string.ascii_letters, *string.digits, ";"} - {*"QXZ"})))  # 61 ids with the end
