@@ -29,6 +29,7 @@ def one_by_one(model, ids) -> torch.Tensor:
 
 def test_all_implementations_that_need_no_gpu_are_looked_at():
     elsewhere = {"flash_attention_2", "flash_attention_3", "flash_triton"}  # no float64, and a GPU only
+    elsewhere |= {"paged_attention"}  # it reads pages: each text is a sequence of its own there
     assert HERE.keys() == IMPLEMENTATIONS.keys() - elsewhere
 
 
