@@ -242,13 +242,14 @@ class Engine:
 
         The cache is taken for empty, since blocks may be noted as written that are not, and everybody reads again.
         """
-        old, samples = self.blocks, [sample for samples in self._open.values() for sample in samples]
+        # Lists: another thread may add a request meanwhile.
+        old, samples = self.blocks, [sample for samples in list(self._open.values()) for sample in samples]
         self.blocks = BlockManager(old.num_blocks, old.block_size, old.prefix_sharing)
         for sample in samples:
             sample.table = None
             if sample.is_half_written:
                 sample.fail("interrupted while a token was being written")
-        for of_one_request in filter(None, self._open.values()):
+        for of_one_request in filter(None, list(self._open.values())):
             first = of_one_request[0]
             first.to_fork = 0 if first.finish_reason else first.request.n - len(of_one_request)
         self.scheduler.start_over(self.blocks, [sample for sample in samples if sample.finish_reason is None])
@@ -319,8 +320,8 @@ class Engine:
 
     def _write(self, samples: list[Sample], logits: Tensor) -> None:
         """The next token of every sample that has nothing left unread."""
-        highest, likeliest = logits.max(dim=-1)  # for all at once
-        are_numbers, likeliest = highest.isfinite().tolist(), likeliest.tolist()
+        likeliest = logits.argmax(dim=-1).tolist()  # for all at once, and as `generate` takes it
+        are_numbers = logits.amax(dim=-1).isfinite().tolist()
         for row, sample in enumerate(samples):
             if sample.unread:
                 continue
