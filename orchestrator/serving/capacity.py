@@ -2,9 +2,13 @@
 
 from numbers import Integral
 
-from orchestrator.evaluation.memory_guard import free_memory, mib
+from GPT2Model.free_memory import free_memory
 
 SHARE = 0.5  # of the free memory: the rest is for what a forward pass makes
+
+
+def mib(size: float) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def block_bytes(model, block_size: int) -> int:
