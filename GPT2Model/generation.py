@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from CMHA.choosing.choose import reads_pages
 from CMHA.kv_cache import KVCache
 from CMHA.masks import check_padding_mask
 from GPT2Model.paged_forward import PagedRows
@@ -84,7 +85,7 @@ def generate(
     cache = None
     if use_cache and ids.shape[1] <= model.cfg["context_length"]:
         longest = min(ids.shape[1] + max_new_tokens, model.cfg["context_length"])
-        cache = PagedRows(model, len(ids), longest) if reads_pages(model) else make_cache(model, len(ids), longest)
+        cache = PagedRows(model, len(ids), longest) if wants_pages(model) else make_cache(model, len(ids), longest)
 
     with evaluating(model):
         for _ in range(max_new_tokens):
@@ -151,9 +152,9 @@ def for_row(sampling: Sampling, row: int) -> Sampling:
     return sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + row)
 
 
-def reads_pages(model) -> bool:
+def wants_pages(model) -> bool:
     """Whether this model was asked to keep keys and values in pages."""
-    return model.blocks[0].attention.settings.requested == "paged_attention"
+    return reads_pages(model.blocks[0].attention.settings.requested)
 
 
 @contextmanager
