@@ -157,6 +157,7 @@ PAGES = {
     "TROUBLESHOOTING.md": 2,
     "MISTAKES.md": 1,
     "WITH_TRANSFORMERS.md": 1,
+    "GENERATION.md": 2,
 }
 
 
