@@ -438,6 +438,31 @@ def test_an_interrupt_anywhere_in_a_step_leaves_every_text_right(model, make):
     assert failed < 20
 
 
+def test_an_interrupt_while_a_token_is_being_spelled_ends_that_text_and_no_other(model, make):
+    class Interrupted(BytesTokenizer):
+        calls = 0
+
+        def decode(self, ids):
+            Interrupted.calls += 1
+            if Interrupted.calls == 5:
+                raise KeyboardInterrupt
+            return super().decode(ids)
+
+    engine = make(Interrupted())
+    numbers = [engine.add(prompt, 8, stop_tokens=()) for prompt in PROMPTS[:2]]
+    with pytest.raises(KeyboardInterrupt):
+        engine.run()
+    done = engine.run()
+    texts = [done[number][0] for number in numbers]
+    assert sorted(text.finish_reason for text in texts) == ["error", "length"]
+    for text, prompt in zip(texts, PROMPTS, strict=False):
+        if text.finish_reason == "error":
+            assert "interrupted" in text.error
+        else:
+            assert text.ids == alone(model, prompt, 8, stop_tokens=())[0]
+            assert text.text == BytesTokenizer().decode(text.ids)
+
+
 def test_a_step_within_a_step_is_refused(make):
     engine, said = make(), []
 
