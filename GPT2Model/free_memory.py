@@ -73,3 +73,8 @@ def free_of_container(folder: str | Path = "/sys/fs/cgroup") -> int | None:
 def gib(size: int | float) -> str:
     """Bytes as text: in GiB, or in MiB where that says more."""
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+
+
+def mib(size: int | float) -> str:
+    """A size in bytes for a person; of small ones a digit behind the point."""
+    return f"{size / 2**20:,.{0 if size >= 10 * 2**20 else 1}f} MiB"

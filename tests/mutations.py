@@ -223,7 +223,7 @@ MISTAKES += [
 ]  # fmt: skip
 
 BLOCKS = ("tests/orchestrator/serving/test_block_manager.py",)
-SERVING = ("tests/orchestrator/serving/test_scheduler.py", "tests/orchestrator/serving/test_engine.py")
+SERVING = tuple(f"tests/orchestrator/serving/test_{name}.py" for name in ("scheduler", "engine", "engine_faults"))
 SAMPLING = ("tests/GPT2Model/test_sampling.py",)
 SPECULATIVE = ("tests/GPT2Model/test_speculative.py",)
 PAGES = ("tests/CMHA/implementations/test_paged_attention.py", "tests/CMHA/test_paged_kv_cache.py")

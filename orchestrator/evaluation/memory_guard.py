@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from GPT2Model.free_memory import free_memory
+from GPT2Model.free_memory import free_memory, mib
 from orchestrator.evaluation.cases import Case
 
 MOST = 0.5  # of the free memory: the formulas leave out what is small
@@ -63,7 +63,3 @@ def table_bytes(case: Case) -> int:
 def growth_exponent(lengths: Sequence[float], values: Sequence[float]) -> float:
     """p of values ~ T^p between the last two points: the slope there on log-log axes."""
     return math.log(values[-1] / values[-2]) / math.log(lengths[-1] / lengths[-2])
-
-
-def mib(size: float) -> str:
-    return f"{size / 2**20:,.0f} MiB"

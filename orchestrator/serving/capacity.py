@@ -2,13 +2,9 @@
 
 from numbers import Integral
 
-from GPT2Model.free_memory import free_memory
+from GPT2Model.free_memory import free_memory, mib
 
 SHARE = 0.5  # of the free memory: the rest is for what a forward pass makes
-
-
-def mib(size: float) -> str:
-    return f"{size / 2**20:,.1f} MiB"
 
 
 def block_bytes(model, block_size: int) -> int:

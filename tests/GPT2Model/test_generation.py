@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from GPT2Model.generation import filtered_probabilities, generate, make_cache, problems_of, sample
+from GPT2Model.generation import generate, make_cache, problems_of
 from GPT2Model.sampling import Sampling
 
 
@@ -114,82 +114,6 @@ def test_a_cached_step_reads_one_token_and_an_uncached_one_reads_all(model, rand
 
 
 # --- distributions -----------------------------------------------------------------------------------
-
-
-def by_hand(logits: list[float], temperature=1.0, top_k=None, top_p=None) -> list[float]:
-    """Temperature, top-k, top-p on one row, with sorted lists."""
-    weights = [math.exp((v - max(logits)) / temperature) for v in logits]
-    order = sorted(range(len(logits)), key=lambda i: -weights[i])
-    kept = order[:top_k]
-    total = sum(weights[i] for i in kept)
-    if top_p is not None:
-        mass, nucleus = 0.0, []
-        for i in kept:
-            if mass >= top_p:
-                break
-            nucleus.append(i)
-            mass += weights[i] / total
-        kept = nucleus
-    total = sum(weights[i] for i in kept)
-    return [weights[i] / total if i in kept else 0.0 for i in range(len(logits))]
-
-
-def test_the_nucleus_is_the_fewest_tokens_whose_mass_reaches_p():
-    probabilities = [0.1, 0.5, 0.05, 0.3, 0.05]
-    logits = torch.tensor([probabilities]).log()
-    for top_p, expected in (
-        (0.1, [1]), (0.49, [1]), (0.51, [1, 3]), (0.79, [1, 3]), (0.81, [0, 1, 3]), (0.89, [0, 1, 3]),
-        (0.92, [0, 1, 2, 3]), (0.96, [0, 1, 2, 3, 4]), (1.0, [0, 1, 2, 3, 4]),
-    ):  # fmt: skip
-        found = filtered_probabilities(logits, 1.0, top_p=top_p)[0]
-        assert found.nonzero().flatten().tolist() == expected, top_p
-        mass = sum(probabilities[i] for i in expected)
-        for i in expected:
-            assert found[i].item() == pytest.approx(probabilities[i] / mass, abs=1e-6)
-    exactly = filtered_probabilities(torch.tensor([[0.5, 0.25, 0.25]]).log(), 1.0, top_p=0.5)[0]
-    assert exactly.tolist() == [1.0, 0.0, 0.0]  # p reached exactly: no token more
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    logits=st.lists(st.integers(-50, 50), min_size=2, max_size=12, unique=True),
-    temperature=st.sampled_from([0.3, 0.7, 1.0, 1.9]),
-    top_k=st.none() | st.integers(1, 14),
-    top_p=st.none() | st.sampled_from([0.13, 0.31, 0.57, 0.83, 1.0]),
-)
-def test_the_filtered_distribution_is_the_one_computed_by_hand(logits, temperature, top_k, top_p):
-    values = [v / 8 for v in logits]
-    found = filtered_probabilities(torch.tensor([values]), temperature, top_k=top_k, top_p=top_p)[0]
-    expected = by_hand(values, temperature, top_k, top_p)
-    assert found.tolist() == pytest.approx(expected, abs=2e-6)
-
-
-def test_top_p_of_one_cuts_nothing_from_a_large_vocabulary():
-    logits = 3 * torch.randn(2, 50257, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(filtered_probabilities(logits, 1.0, top_p=1.0), filtered_probabilities(logits, 1.0))
-
-
-def test_top_k_keeps_exactly_k_also_among_equals():
-    found = filtered_probabilities(torch.zeros(1, 10), 1.0, top_k=3)[0]
-    assert sorted(found.tolist()) == pytest.approx([0.0] * 7 + [1 / 3] * 3)
-
-
-@pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-45, 5e-324])
-def test_a_tiny_temperature_is_greedy_and_never_overflows(temperature):
-    logits = torch.tensor([[1e4, -1e4, 3.0], [0.5, 0.25, 2.0]])
-    assert filtered_probabilities(logits, temperature).argmax(-1).tolist() == [0, 2]
-    assert sample(logits, temperature).tolist() == [0, 2]
-
-
-@pytest.mark.parametrize("kind", [{}, {"top_k": 3}, {"top_p": 0.8}, {"top_k": 5, "top_p": 0.7}], ids=str)
-def test_tokens_are_drawn_as_often_as_the_distribution_says(kind):
-    """Each frequency lies within 4 standard errors; what was cut never comes."""
-    values, n = [1.0, 0.2, -0.5, 2.0, 0.0, -3.0], 40_000
-    expected = by_hand(values, 1.3, **kind)
-    generator = torch.Generator().manual_seed(0)
-    counts = sample(torch.tensor([values] * n), 1.3, generator=generator, **kind).bincount(minlength=6)
-    for count, p in zip(counts.tolist(), expected, strict=True):
-        assert abs(count - n * p) <= 4 * math.sqrt(n * p * (1 - p))
 
 
 def test_sampled_texts_follow_the_model_s_own_distribution(model, random_ids):
